@@ -1,0 +1,277 @@
+"""The sentiment task, real (IMDb) and embedded (a seeded grammar of film reviews): texts, prefixes, reward, pairs, evaluation.
+
+    python eval_imdb.py --runs=out/reviews-dpo,out/reviews-tdpo2        # one table, one figure: reward against sequential KL
+    python eval_imdb.py --runs=out/imdb-tdpo2 --eval_prefixes=512
+
+Both tasks take the same path; only texts, SFT model and reward differ (paper, Section 5.1; Rafailov et al. 2023, Appendix C.1).
+"""
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import random
+import re
+import sys
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from sample import autocast, encode_prompt, generate, load_model, parse, read_rows, response_stats
+
+TASKS = ("reviews", "imdb")
+
+# -----------------------------------------------------------------------------
+# The embedded task. A review has a mood (how often its sentiment words are positive); its words are all the grammar's own.
+POSITIVE = ("wonderful superb charming brilliant touching gripping clever delightful warm fresh funny moving elegant honest thrilling "
+            "loved enjoyed admired praised recommend treasure").split()
+NEGATIVE = ("dull awful tedious clumsy boring weak lifeless messy bland stale shallow painful hollow lazy annoying "
+            "hated endured regretted mocked avoid forget").split()
+GRAMMAR = {
+    "review": ["{opening} . {line} . {story} . {line} . {line} . {verdict} ."],
+    "opening": ["i saw this {film} with {friend} {when}", "this {film} came out {when}", "we watched this {film} at {place} {when}",
+                "{friend} told me about this {film} {when}", "the {film} opens in {place}"],
+    "story": ["the story follows a {job} who {does} in {place}", "it is about a {job} and a {job} who meet in {place}",
+              "most of it takes place in {place} where a {job} {does}"],
+    "line": ["{part} was {very} {adj}", "{part} felt {adj} and {part} seemed {very} {adj}", "i {verb} {part}", "{friend} {verb} {part} too",
+             "there is a scene in {place} that i found {very} {adj}", "with {part} so {adj} it is hard to look away from {part}",
+             "{part} is {adj} but {part} is {very} {adj}", "even {part} looked {adj} next to {part}"],
+    "verdict": ["in the end i would {advice} this {film} to anyone", "all in all a {very} {adj} {film}", "a {adj} and {adj} {film} that i {verb}"],
+    "film": ["film", "movie", "picture", "drama", "comedy", "thriller"], "friend": ["my sister", "a friend", "my father", "our neighbour"],
+    "when": ["last week", "last night", "years ago", "in the spring", "on a rainy day"], "very": ["very", "quite", "rather", "truly", "simply"],
+    "place": ["the city", "a small town", "the old theatre", "the harbour", "the mountains", "a quiet village"],
+    "job": ["teacher", "sailor", "doctor", "painter", "detective", "farmer"],
+    "does": ["looks for a lost letter", "learns to sing", "hides from the law", "returns after the war", "opens a bakery"],
+    "part": ["the acting", "the plot", "the music", "the dialogue", "the ending", "the camera work", "the first half", "the humour",
+             "the villain", "the pacing", "the lead actor", "the script"],
+    "adj+": POSITIVE[:15], "adj-": NEGATIVE[:15], "verb+": POSITIVE[15:19], "verb-": NEGATIVE[15:19], "advice+": POSITIVE[19:], "advice-": NEGATIVE[19:]}
+
+
+def write_review(rng):
+    """One review of about 60 words. The mood is drawn once, so the words of a review agree more often than not."""
+    mood = rng.choice((0.15, 0.5, 0.85))
+
+    def expand(symbol):
+        options = GRAMMAR.get(symbol) or GRAMMAR[symbol + ("+" if rng.random() < mood else "-")]
+        return re.sub(r"\{(\w+)\}", lambda m: expand(m[1]), rng.choice(options))
+    return expand("review")
+
+
+def exact_reward(texts):
+    """The embedded task's reward: (positive - negative) / (positive + negative) words, in [-1, 1]; 0 where there are none."""
+    counts = [(sum(w in POSITIVE for w in t.split()), sum(w in NEGATIVE for w in t.split())) for t in texts]
+    return [(p - n) / max(1, p + n) for p, n in counts]
+
+
+def scratch_model(seed):
+    """The embedded task's untrained policy: a GPT-2 of 0.1M parameters and its word-level tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    words = sorted(set(re.sub(r"\{\w+\}", " ", " ".join(itertools.chain(*GRAMMAR.values()))).split()))
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<eos>", "<unk>", *words])}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>", pad_token="<eos>", clean_up_tokenization_spaces=False)
+    torch.manual_seed(seed)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=128, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0))
+    return model.eval(), tokenizer
+
+
+# -----------------------------------------------------------------------------
+# Both tasks
+
+
+def load_texts(run):
+    """{"train": [...], "test": [...]} review texts of a run's options (data, texts); IMDb's line breaks removed."""
+    if run["data"] == "reviews":
+        rng = random.Random(0)
+        reviews = [write_review(rng) for _ in range(11000)]
+        return {"train": reviews[:10000], "test": reviews[10000:]}
+    source, local = run["texts"], os.path.exists(run["texts"])
+    rows = [(where, row, None) for where, row in read_rows(source)] if local else [
+        (where, row, split) for split in ("train", "test") for where, row in read_rows(source, split)]
+    texts = {"train": [], "test": []}
+    for n, (where, row, split) in enumerate(rows):
+        if isinstance(row, str) or not isinstance(row.get("text"), str):
+            sys.exit(f"error: {where} {row if isinstance(row, str) else 'has no text column with a string'}")
+        split = split or row.get("split") or ("test" if n % 10 == 9 else "train")       # without splits every tenth is for testing
+        if split in texts and row["text"].strip():
+            texts[split].append(re.sub(r"\s+", " ", re.sub(r"<br\s*/?>", " ", row["text"])).strip())
+    for split, found in texts.items():
+        if not found:
+            sys.exit(f"error: {source} has no text in its {split} split; the column split names train or test")
+    return texts
+
+
+def task_prefixes(run, tokenizer, texts=None):
+    """{"train": [...], "test": [...]}: beginnings of 2 to 8 tokens, train_prefixes and eval_prefixes of them, each from its own review."""
+    prefixes = {}
+    for split, reviews in (texts or load_texts(run)).items():
+        rng = random.Random(f"{run['seed']} {split}")
+        n = min(len(reviews), run["train_prefixes" if split == "train" else "eval_prefixes"])
+        ids = (tokenizer(" ".join(t.split()[:16]), add_special_tokens=False)["input_ids"] for t in rng.sample(reviews, n))
+        prefixes[split] = [tokenizer.decode(x[:rng.randint(2, 8)]) for x in ids]
+    return prefixes
+
+
+def load_reward(name, device="cpu"):
+    """A function texts -> list of rewards: "exact" (the embedded task's), or P(positive) under a text-classification model."""
+    if name == "exact":
+        return exact_reward
+    model, tokenizer = load_model(name, device, AutoModelForSequenceClassification)
+    positive = [i for i, label in model.config.id2label.items() if label.lower().startswith("pos")]
+    if len(positive) != 1:
+        sys.exit(f"error: the reward model {name} has labels {sorted(model.config.id2label.values())}; one must be called positive")
+    tokenizer.padding_side = "right"
+
+    @torch.no_grad()
+    def reward(texts):
+        scores, order = [0.0] * len(texts), sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        for begin in tqdm(range(0, len(order), 64), desc="scoring", leave=False, disable=None):
+            batch = order[begin:begin + 64]
+            inputs = tokenizer([texts[i] for i in batch], padding=True, truncation=True, max_length=512, return_tensors="pt").to(device)
+            with autocast(device, "bfloat16" if torch.device(device).type == "cuda" else "float32"):
+                probabilities = model(**inputs).logits.float().softmax(-1)[:, positive[0]]
+            for i, p in zip(batch, probabilities.tolist()):
+                scores[i] = p
+        return scores
+    return reward
+
+
+def complete(model, tokenizer, prefixes, max_new_tokens, num_samples, seed):
+    """Sampled completions (temperature 1, no nucleus) as flat lists: index of the prefix, prompt ids, response ids, response text."""
+    prompts = [encode_prompt(tokenizer, x) for x in prefixes]
+    drawn = generate(model, tokenizer, prompts, max_new_tokens, num_samples, seed=seed)
+    return [(i, prompts[i], new, response_text(tokenizer, prompts[i], new)) for i, responses in enumerate(drawn) for new in responses]
+
+
+def response_text(tokenizer, prompt, response):
+    """The response as text: what it adds to the decoded prompt, so that prompt + response reads as one text."""
+    start = tokenizer.decode(prompt, skip_special_tokens=True)
+    return tokenizer.decode(prompt + response, skip_special_tokens=True)[len(start):]
+
+
+def build_pairs(run, model, tokenizer, folder):
+    """The preference pairs of a sentiment run as a .jsonl in folder (prompt, chosen, rejected, chosen_score, rejected_score).
+
+    `completions` samples of the SFT model for each training prefix; every two of them make a pair, the higher reward is chosen;
+    pairs closer than min_score_gap are dropped. The file's name holds a hash of all that made it, so it is reused while that is
+    unchanged. Returns its path.
+    """
+    made_of = hashlib.sha256(json.dumps([run[k] for k in ("data", "texts", "reward", "completions", "min_score_gap", "train_prefixes",
+                                                          "max_new_tokens", "seed")]).encode())
+    for p in model.parameters():
+        made_of.update(p.detach().cpu().numpy())
+    path = os.path.join(folder, f"{run['data']}-pairs-{made_of.hexdigest()[:12]}.jsonl")
+    if os.path.exists(path):
+        print(f"pairs: reusing {path}")
+        return path
+    prefixes = task_prefixes(run, tokenizer)["train"]
+    print(f"pairs: sampling {run['completions']} completions for each of {len(prefixes)} prefixes, reward {run['reward']}", flush=True)
+    samples = complete(model, tokenizer, prefixes, run["max_new_tokens"], run["completions"], run["seed"])
+    scores = load_reward(run["reward"], model.device)([prefixes[i] + text for i, _, _, text in samples])
+    rows, tried = [], 0
+    for i, group in itertools.groupby(zip(samples, scores), key=lambda x: x[0][0]):
+        for (a, score_a), (b, score_b) in itertools.combinations(group, 2):
+            tried += 1
+            if abs(score_a - score_b) > max(0, run["min_score_gap"]) and a[3].strip() and b[3].strip() and a[3] != b[3]:
+                (w, score_w), (l, score_l) = sorted(((a[3], score_a), (b[3], score_b)), key=lambda x: -x[1])
+                rows.append(dict(prompt=prefixes[i], chosen=w, rejected=l, chosen_score=score_w, rejected_score=score_l))
+    print(f"pairs: {len(rows)} of {tried} kept, score gap over {run['min_score_gap']}; mean reward of the samples {np.mean(scores):+.3f}")
+    if not rows:
+        sys.exit(f"error: every pair was dropped: no two completions differ by more than min_score_gap={run['min_score_gap']}; lower --min_score_gap")
+    os.makedirs(folder, exist_ok=True)
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(path + ".tmp", path)
+    return path
+
+
+def score_policy(model, ref, tokenizer, prefixes, reward, max_new_tokens, seed=0, dtype="float32"):
+    """One sample for each test prefix: {reward, sample_kl, sample_rkl, entropy, their standard errors (name_se), n}."""
+    with autocast(model.device, dtype):
+        samples = complete(model, tokenizer, prefixes, max_new_tokens, 1, seed)
+        stats = response_stats(model, ref, [s[1] for s in samples], [s[2] for s in samples])
+    scores = reward([prefixes[i] + text for i, _, _, text in samples])
+    result = {"n": len(samples)}
+    for name, values in (("reward", scores), ("sample_kl", stats["kl"]), ("sample_rkl", stats["reverse_kl"]), ("entropy", stats["entropy"])):
+        result[name], result[name + "_se"] = float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
+    return result
+
+
+def run_options(folder):
+    """The options of the train.py run in a directory; {} where there is none."""
+    path = os.path.join(folder, "options.json")
+    return json.load(open(path, encoding="utf-8")) if os.path.isfile(path) else {}
+
+
+def draw(runs, path):
+    """Figure 3(a), reward against sequential KL, and Figures 1, 3(b-d) and 6, the KL on chosen, rejected and their gap, from the logs."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 4, figsize=(18, 4.2), constrained_layout=True)
+    for color, folder in enumerate(runs):
+        log = [json.loads(line) for line in open(os.path.join(folder, "log.jsonl"), encoding="utf-8")]
+        points = [x for x in log if "eval_reward" in x]
+        style = dict(color=f"C{color % 10}", label=os.path.basename(os.path.normpath(folder)))
+        axes[0].errorbar([x["eval_sample_rkl"] for x in points], [x["eval_reward"] for x in points], marker="o", ms=4, capsize=2, lw=1,
+                         xerr=[x["eval_sample_rkl_se"] for x in points], yerr=[x["eval_reward_se"] for x in points], **style)
+        steps = [x for x in log if "kl_w" in x]
+        for axis, name in zip(axes[1:], ("kl_w", "kl_l", "kl_gap")):
+            for key, line in ((name, "-"), ("r" + name, ":")):
+                smooth = np.convolve([x[key] for x in steps], np.ones(k := min(10, len(steps))) / k, "valid")
+                axis.plot([x["step"] for x in steps][k - 1:], smooth, line, lw=1.2, **(style if line == "-" else dict(color=style["color"])))
+    axes[0].set(xlabel="KL(policy || reference) of samples, nats", ylabel="reward", title="reward and KL at each evaluation")
+    for axis, title in zip(axes[1:], ("sequential KL, chosen", "sequential KL, rejected", "gap |rejected - chosen|")):
+        axis.set(xlabel="step", ylabel="nats", title=title + " (dotted: reverse)")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--runs", required=True, help="directories of train.py runs on reviews or imdb, separated by commas")
+    parser.add_argument("--eval_prefixes", type=int, default=512, help="test prefixes, one sample each (default 512)")
+    parser.add_argument("--reward", default="", help="score with another reward than the one trained on: exact, a directory or hub id")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", default="out/frontier", help="writes OUT.json and OUT.png (default out/frontier)")
+    args = parse(parser)
+    runs = {folder: run_options(folder) for folder in args.runs.split(",") if folder}
+    for folder, run in runs.items():
+        if run.get("data") not in TASKS:
+            parser.error(f"{folder} holds no run of train.py on {' or '.join(TASKS)}")
+        if not os.path.exists(os.path.join(folder, "config.json")):
+            parser.error(f"{folder} has no checkpoint yet; let train.py finish or continue it with --resume=True")
+    if args.eval_prefixes < 1:
+        parser.error("--eval_prefixes must be positive")
+    results, scored = [], set()
+    for folder, run in runs.items():
+        run["eval_prefixes"] = args.eval_prefixes
+        reward = load_reward(args.reward or run["reward"], args.device)
+        model, tokenizer = load_model(folder, args.device)
+        source = run["ref_from"] or run["init_from"] if run["method"] != "sft" else folder
+        ref = load_model(source, args.device)[0]
+        prefixes = task_prefixes(run, tokenizer)["test"]
+        score = lambda m: score_policy(m, ref, tokenizer, prefixes, reward, run["max_new_tokens"], args.seed)
+        if source not in scored:
+            scored.add(source)
+            results.append(dict(run=source, method="reference", alpha=None, beta=None, step=None, **score(ref)))
+        if source != folder:
+            last = json.loads(open(os.path.join(folder, "log.jsonl"), encoding="utf-8").read().splitlines()[-1])
+            results.append(dict(run=folder, method=run["method"], alpha=run["alpha"] if run["method"] == "tdpo2" else None, beta=run["beta"],
+                                step=last["step"], **score(model)))
+    print("\n| run | method | reward | KL(ref ‖ policy) | KL(policy ‖ ref) | entropy | n |\n|---|---|---|---|---|---|---|")
+    for r in results:
+        cells = [f"{r[k]:.3f} ± {r[k + '_se']:.3f}" for k in ("reward", "sample_kl", "sample_rkl", "entropy")]
+        print(f"| {r['run']} | {r['method']}{'' if r['alpha'] is None else ' α=' + str(r['alpha'])} | {' | '.join(cells)} | {r['n']} |")
+    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+    with open(args.out + ".json", "w", encoding="utf-8") as f:
+        json.dump(results, f, indent=1)
+    print(f"\nmean ± standard error; KLs are sums over a response, entropy a mean over its tokens, in nats. Wrote {args.out}.json")
+    try:
+        draw([folder for folder, run in runs.items() if run["method"] != "sft"], args.out + ".png")
+        print(f"wrote {args.out}.png")
+    except ImportError:
+        print("matplotlib is not installed, so no figure was drawn")

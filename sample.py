@@ -1,0 +1,329 @@
+"""Sample responses from a checkpoint, beside its reference where there is one, and measure the predictive entropy.
+
+    python sample.py --model=out/reviews-tdpo2                              # prompts, reference and reward of the model's own task
+    python sample.py --model=out/hh-tdpo2 --num_samples=25                  # predictive entropy as in Table 1
+    python sample.py --model=gpt2 --prompt="This film was" --temperature=0.7
+    python sample.py --model=DIR --ref=DIR --prompts=questions.jsonl        # .jsonl with "prompt" (text or messages), or .txt
+
+Every response becomes one line of a .jsonl file: prompt, model, response, score, entropy, surprisal, kl, reverse_kl.
+"""
+import argparse
+import difflib
+import glob
+import json
+import os
+import sys
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from tdpo import token_stats
+
+if not sys.stderr.isatty():
+    transformers.utils.logging.disable_progress_bar()
+
+
+def parse(parser, argv=None):
+    """argparse with a nearest name for an option that does not exist."""
+    options, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        near = difflib.get_close_matches(word.split("=")[0], parser._option_string_actions, 1, 0)
+        parser.error(f"unknown option {word.split('=')[0]}; did you mean {near[0]}? --help lists them all")
+    return options
+
+
+# -----------------------------------------------------------------------------
+# text in: rows, pairs, token ids
+
+
+def read_rows(source, split="train"):
+    """[(where, row)] of a .jsonl, .json, .parquet, .csv or .txt file, or of a hub dataset's split.
+
+    A row is a dict, or a str that says what is wrong with it; `where` names file and line. A source that cannot be read at all
+    ends the program with one sentence.
+    """
+    kind = os.path.splitext(source)[1][1:]
+    if os.path.exists(source) or kind in ("jsonl", "json", "parquet", "csv", "txt"):
+        if not os.path.isfile(source):
+            sys.exit(f"error: {source}: no such file")
+        if os.path.getsize(source) == 0:
+            sys.exit(f"error: {source} is empty")
+    try:
+        if kind == "json" and open(source, "rb").read(64).lstrip()[:1] == b"[":
+            return [(f"{source} entry {n}", row if isinstance(row, dict) else "is not a JSON object")
+                    for n, row in enumerate(json.load(open(source, encoding="utf-8-sig")), 1)]
+        if kind not in ("jsonl", "json", "txt"):
+            from datasets import disable_progress_bars, load_dataset
+            if not sys.stderr.isatty():
+                disable_progress_bars()
+            data = load_dataset(kind, data_files=source, split="train") if kind in ("parquet", "csv") else load_dataset(source, split=split)
+            return [(f"{source} row {n}", row) for n, row in enumerate(data, 1)]
+    except Exception as error:      # datasets wraps what its readers raise: the last cause is the one that tells
+        while error.__cause__:
+            error = error.__cause__
+        hint = "" if os.path.exists(source) else ". Without a network name a local .jsonl, .json, .parquet or .csv file, or use --data=reviews"
+        sys.exit(f"error: cannot read {source}: {(str(error).splitlines() or [type(error).__name__])[0]}{hint}")
+    rows = []                       # line by line, so that a bad line has a number and costs only itself
+    for n, line in enumerate(open(source, "rb"), 1):
+        try:
+            if line := line.decode("utf-8-sig").strip():
+                row = {"prompt": line} if kind == "txt" else json.loads(line)
+                rows.append((f"{source} line {n}", row if isinstance(row, dict) else "is not a JSON object"))
+        except (ValueError, RecursionError) as error:
+            rows.append((f"{source} line {n}", "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"is broken JSON ({error})"))
+    return rows
+
+
+def chat(tokenizer, messages, generation_prompt):
+    """Messages through the model's chat template, as text."""
+    if not tokenizer.chat_template:
+        sys.exit("error: the data holds chat messages, but this model's tokenizer has no chat template; use plain strings, or a chat model")
+    if not all(isinstance(m, dict) and isinstance(m.get("content"), str) and isinstance(m.get("role"), str) for m in messages):
+        raise ValueError("has a message without a text role and content")
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+
+
+def render(row, tokenizer):
+    """(prompt, chosen, rejected) as text, of plain strings, chat messages or two HH transcripts. ValueError: what is wrong with the row."""
+    if isinstance(row, str):
+        raise ValueError(row)
+    turn, prompt, responses = "\n\nAssistant:", row.get("prompt"), [row.get("chosen"), row.get("rejected")]
+    if all(isinstance(x, list) for x in responses):                     # messages; the prompt may be their common beginning
+        responses = [(prompt if isinstance(prompt, list) else []) + x for x in responses]
+        shared = len(os.path.commonprefix(responses))
+        if shared == min(map(len, responses)):
+            raise ValueError("has identical or empty responses")
+        prompt = chat(tokenizer, responses[0][:shared], True)
+        responses = [chat(tokenizer, x, False) for x in responses]
+        if not all(x.startswith(prompt) for x in responses):
+            raise ValueError("has responses that, in the chat template, do not continue the prompt")
+        responses = [x[len(prompt):] for x in responses]                # EOS comes back when the response is tokenized
+        responses = [x.rpartition(tokenizer.eos_token)[0] if tokenizer.eos_token in x else x for x in responses]
+    elif prompt is None and all(isinstance(x, str) and turn in x for x in responses):
+        prompt = responses[0][:responses[0].rindex(turn) + len(turn)]
+        if not responses[1].startswith(prompt):
+            raise ValueError("has two transcripts that differ before the last assistant turn")
+        responses = [x[len(prompt):] for x in responses]
+    for name, text in zip(("prompt", "chosen", "rejected"), (prompt, *responses)):
+        if text is None:
+            raise ValueError(f"has no {name!r}; its columns are {', '.join(map(str, row)) or 'none'}")
+        if not isinstance(text, str):
+            raise ValueError(f"has {type(text).__name__} in {name!r} where text belongs")
+        if not text.strip() and name != "prompt":
+            raise ValueError(f"has an empty {name!r}")
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise ValueError(f"has half a surrogate pair in {name!r}, which is no text")
+    if responses[0] == responses[1]:
+        raise ValueError("has identical responses")
+    return prompt, *responses
+
+
+def read_pairs(source, tokenizer, split="train", strict=False):
+    """[(where, prompt, chosen, rejected)] of a source. Bad rows are counted; over 1 % of them, or one under strict, end the program."""
+    pairs, bad, rows = [], [], read_rows("Anthropic/hh-rlhf" if source == "hh" else source, split)
+    for where, row in tqdm(rows, desc="reading", leave=False, disable=None):
+        try:
+            pairs.append((where, *render(row, tokenizer)))
+        except ValueError as error:
+            bad.append(f"{where} {error}")
+    if bad and (strict or len(bad) > 0.01 * len(rows)):
+        sys.exit(f"error: {bad[0]}. {len(bad)} of {len(rows)} rows are bad{'' if strict else ', more than 1 %'}: a row is a prompt, a chosen and another, "
+                 "rejected response, as text or as chat messages")
+    if bad:
+        print(f"{source}: left out {len(bad)} bad rows of {len(rows)} (--strict=True makes them fatal), the first: {bad[0]}")
+    if not pairs:
+        sys.exit(f"error: {source} has no rows")
+    return pairs
+
+
+def read_prompts(source, tokenizer):
+    """The different prompts of a source, in order; its rows need a prompt (text or messages) and no responses."""
+    prompts = {}
+    for where, row in read_rows("Anthropic/hh-rlhf" if source == "hh" else source, "test" if source == "hh" else "train"):
+        if isinstance(row, dict) and row.get("prompt") is not None:
+            stub = (lambda x: [dict(role="assistant", content=x)]) if isinstance(row["prompt"], list) else str
+            row = dict(prompt=row["prompt"], chosen=stub("a"), rejected=stub("b"))
+        try:
+            prompts[render(row, tokenizer)[0]] = None
+        except ValueError as error:
+            sys.exit(f"error: {where} {error}")
+    return list(prompts)
+
+
+def encode_prompt(tokenizer, text):
+    """Token ids of a prompt, with BOS where the tokenizer adds one, never EOS; an empty prompt is one BOS (or EOS) token."""
+    ids = tokenizer(text, add_special_tokens=not (tokenizer.bos_token and text.startswith(tokenizer.bos_token)))["input_ids"]
+    while ids and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    return ids or [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+
+
+# -----------------------------------------------------------------------------
+# models: load, sample, measure
+
+
+def load_model(path, device="cpu", cls=AutoModelForCausalLM):
+    """The model (fp32 weights, dropout off) and tokenizer of a local directory or hub id; never runs remote code."""
+    if os.path.isdir(path):
+        for what, *patterns in (("config.json", "config.json"), ("weights (model.safetensors)", "*.safetensors", "pytorch_model*.bin"),
+                                ("a tokenizer (tokenizer.json)", "tokenizer.*", "vocab.*", "tokenizer_config.json")):
+            if not any(glob.glob(os.path.join(glob.escape(path), p)) for p in patterns):
+                sys.exit(f"error: {path} is not a complete model directory: it has no {what}; save_pretrained writes one")
+    elif os.path.exists(path) or path.startswith(("/", "./", "../")) or path.count("/") > 1:
+        sys.exit(f"error: {path}: no such directory; a model is a directory that save_pretrained wrote, or a hub id")
+    else:
+        print(f"loading {path} from the hub or its cache", flush=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model, info = cls.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    except Exception as error:      # OSError, ValueError, KeyError, SafetensorError, ...: every reason a model does not load
+        if not os.path.isdir(path) and isinstance(error, OSError):
+            sys.exit(f"error: {path} is no local directory and the hub could not be reached or does not have it. Without a network name a "
+                     "directory that save_pretrained wrote, or use the embedded task: --data=reviews --init_from=scratch")
+        sys.exit(f"error: cannot load {path}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+    if info["missing_keys"]:
+        sys.exit(f"error: {path}: the weights lack {len(info['missing_keys'])} tensors of {type(model).__name__}, {min(info['missing_keys'])} for one")
+    return model.to(device).eval(), tokenizer
+
+
+def autocast(device, dtype):
+    """bf16 autocast where dtype says so, else nothing."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts, max_new_tokens, num_samples=1, temperature=1.0, top_p=1.0, seed=0):
+    """num_samples responses to each prompt (a list of token ids): lists of token ids, EOS included where it was drawn.
+
+    Same seed, same responses; the caller's random state is untouched. Prompts of like length share a batch.
+    """
+    stop = model.generation_config.eos_token_id
+    stop = {tokenizer.eos_token_id, *(stop if isinstance(stop, list) else [stop])} - {None}
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    config = GenerationConfig(do_sample=True, temperature=temperature, top_p=top_p, top_k=0, max_new_tokens=max_new_tokens,
+                              pad_token_id=pad, eos_token_id=sorted(stop))
+    positions = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    if too_long := [p for p in prompts if len(p) + max_new_tokens > positions]:
+        sys.exit(f"error: a prompt of {len(too_long[0])} tokens and {max_new_tokens} new ones exceed the model's {positions} positions")
+    order = sorted((len(p), i) for i, p in enumerate(prompts) for _ in range(num_samples))
+    responses = [[] for _ in prompts]
+    with torch.random.fork_rng(), tqdm(total=len(order), desc="sampling", leave=False, disable=None) as bar:
+        torch.manual_seed(seed)
+        while order:
+            size = max(1, min(512, 2**15 // (order[0][0] + max_new_tokens)))
+            batch, order = order[:size], order[size:]
+            width = batch[-1][0]
+            ids = torch.tensor([[pad] * (width - n) + prompts[i] for n, i in batch], device=model.device)
+            mask = torch.tensor([[0] * (width - n) + [1] * n for n, _ in batch], device=model.device)
+            out = model.generate(ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
+            for (_, i), new in zip(batch, out):
+                end = next((t for t, token in enumerate(new) if token in stop), len(new))
+                responses[i].append(new[:end + 1])
+            bar.update(len(batch))
+    return responses
+
+
+@torch.no_grad()
+def response_stats(model, ref, prompts, responses):
+    """Per response (prompts[i], responses[i], lists of token ids), in nats: entropy, surprisal, kl, reverse_kl (lists of floats).
+
+    entropy is the mean over response tokens of -sum_v p log p (f-DPO's definition), surprisal its Monte-Carlo form, the mean of
+    -log p(token); kl and reverse_kl are the sequential KL from and to the reference (Eq. 10), sums over tokens; 0 without ref.
+    """
+    result = {name: [0.0] * len(prompts) for name in ("entropy", "surprisal", "kl", "reverse_kl")}
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
+    vocab = model.get_output_embeddings().weight.shape[0]
+    with tqdm(total=len(order), desc="measuring", leave=False, disable=None) as bar:
+        while order:
+            longest = len(prompts[order[-1]]) + len(responses[order[-1]])
+            size = max(1, min(256, 2**26 // (longest * vocab)))
+            batch, order = order[-size:], order[:-size]             # the largest first: memory runs out at once or never
+            ids = torch.zeros(len(batch), longest, dtype=torch.long)
+            real, response = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+            for row, i in enumerate(batch):
+                n, m = len(prompts[i]), len(prompts[i]) + len(responses[i])
+                ids[row, :m] = torch.tensor(prompts[i] + responses[i])
+                real[row, :m], response[row, n:m] = 1, True
+            ids, real, response = ids.to(model.device), real.to(model.device), response.to(model.device)
+            z = model(input_ids=ids, attention_mask=real, use_cache=False).logits[:, :-1][response[:, 1:]].float()
+            ref_z = z if ref is None else ref(input_ids=ids, attention_mask=real, use_cache=False).logits[:, :-1][response[:, 1:]].float()
+            logp, labels = z.log_softmax(-1), ids[response]
+            entropy = -(logp.exp() * logp.clamp(min=-1e4)).sum(-1)
+            _, kl, reverse_kl = token_stats(z, ref_z, labels)
+            rows, counts = response.nonzero()[:, 0], response.sum(1)
+            values = torch.stack((entropy, -logp.gather(1, labels[:, None])[:, 0], kl, reverse_kl))
+            sums = values.new_zeros(4, len(batch)).index_add_(1, rows, values)
+            sums[:2] /= counts
+            for name, row in zip(result, sums.tolist()):
+                for i, x in zip(batch, row):
+                    result[name][i] = x
+            bar.update(len(batch))
+    return result
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="checkpoint directory or hub id")
+    parser.add_argument("--ref", default="", help="reference model; default: the one the checkpoint was trained against")
+    parser.add_argument("--prompts", default="", help="a .jsonl or .txt file of prompts; default: prompts held out from the model's own task")
+    parser.add_argument("--prompt", default="", help="one prompt")
+    parser.add_argument("--num_prompts", type=int, default=8, help="at most so many prompts; 0 for all (default 8)")
+    parser.add_argument("--num_samples", type=int, default=1, help="responses a prompt (default 1)")
+    parser.add_argument("--max_new_tokens", type=int, default=0, help="default: the task's, else 128")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top_p", type=float, default=0.95, help="nucleus (default 0.95)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", default="", help="the .jsonl to write; default: samples.jsonl in the model's directory")
+    args = parse(parser)
+    import eval_imdb        # here, not above: eval_imdb imports this file
+
+    problems = [f"--{k} must be positive" for k in ("num_samples", "temperature") if getattr(args, k) <= 0]
+    problems += ["--top_p must be in (0, 1]"] * (not 0 < args.top_p <= 1) + ["--max_new_tokens and --num_prompts cannot be negative"] * (
+        min(args.max_new_tokens, args.num_prompts) < 0) + ["give --prompt or --prompts, not both"] * bool(args.prompt and args.prompts)
+    if problems:
+        parser.error("; ".join(problems))
+    run = eval_imdb.run_options(args.model)
+    if not run and not args.prompt and not args.prompts:
+        parser.error(f"{args.model} is not a run of train.py, so it has no prompts of its own: give --prompt or --prompts")
+    model, tokenizer = load_model(args.model, args.device)
+    ref_path = args.ref or (run.get("ref_from") or run.get("init_from") if run.get("method") != "sft" else "")
+    ref = load_model(ref_path, args.device)[0] if ref_path else None
+    task = run.get("data") in eval_imdb.TASKS and not args.prompt and not args.prompts
+    reward = eval_imdb.load_reward(run["reward"], args.device) if task else None
+    if args.prompt:
+        texts = [args.prompt]
+    elif task:
+        texts = eval_imdb.task_prefixes(run, tokenizer)["test"]
+    else:
+        texts = read_prompts(args.prompts or run.get("eval_data") or run["data"], tokenizer)
+    texts = texts[:args.num_prompts or None]
+    new_tokens = args.max_new_tokens or (run["max_new_tokens"] if task else 128)
+
+    prompts = [encode_prompt(tokenizer, text) for text in texts]
+    rows, table = [], []
+    for name, m in (("reference", ref), ("policy", model)):
+        if m is None:
+            continue
+        drawn = generate(m, tokenizer, prompts, new_tokens, args.num_samples, args.temperature, args.top_p, args.seed)
+        flat = [(i, r) for i, rs in enumerate(drawn) for r in rs]
+        stats = response_stats(m, None if m is ref else ref, [prompts[i] for i, _ in flat], [r for _, r in flat])
+        replies = [tokenizer.decode(prompts[i] + r, skip_special_tokens=True)[len(tokenizer.decode(prompts[i], skip_special_tokens=True)):] for i, r in flat]
+        scores = reward([texts[i] + reply for (i, _), reply in zip(flat, replies)]) if reward else [None] * len(flat)
+        rows += [dict(prompt=texts[i], model=name, response=reply, score=score, **{k: v[n] for k, v in stats.items()})
+                 for n, ((i, _), reply, score) in enumerate(zip(flat, replies, scores))]
+        mean = lambda xs: sum(xs) / len(xs)
+        table.append(f"{name:9} | n {len(flat)} | entropy {mean(stats['entropy']):.4f} | surprisal {mean(stats['surprisal']):.4f} nats a token"
+                     + (f" | reward {mean(scores):+.3f}" if reward else "") + (f" | kl {mean(stats['kl']):.3f}" if m is model and ref else ""))
+    for text in texts:
+        print(f"\n{text.strip()}")
+        for row in rows:
+            if row["prompt"] == text:
+                print(f"  {row['model']:9} {'' if row['score'] is None else format(row['score'], '+.2f')} |{row['response']}")
+    print("\n" + "\n".join(table))
+    out = args.out or os.path.join(args.model if os.path.isdir(args.model) else ".", "samples.jsonl")
+    with open(out, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    print(f"wrote {len(rows)} responses to {out}")

@@ -1,0 +1,573 @@
+"""Preference-tune a causal language model with TDPO, TDPO2, DPO or f-DPO, or fine-tune it first (SFT). One flat loop.
+
+    python train.py --method=tdpo2 --alpha=0.5                          # the embedded task: no download, no GPU, two minutes
+    python train.py --method=dpo                                        # the same with plain DPO
+    python train.py --data=imdb                                         # the paper's sentiment experiment (a GPU and the hub)
+    python train.py --method=sft --data=hh --init_from=EleutherAI/pythia-2.8b --out_dir=out/hh-sft
+    python train.py --method=tdpo2 --data=hh --init_from=out/hh-sft
+    python train.py --data=pairs.jsonl --init_from=DIR                  # your own pairs: prompt, chosen, rejected
+    python train.py --resume=True --out_dir=out/reviews-tdpo2           # continue a run
+
+Paper: Token-level Direct Preference Optimization, Zeng et al., ICML 2024, arXiv:2404.11999. The loss is in tdpo.py.
+"""
+import argparse
+import difflib
+import functools
+import glob
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+# -----------------------------------------------------------------------------
+# the objective
+method = "tdpo2"            # sft, dpo, fdpo, tdpo1 or tdpo2
+alpha = 0.5                 # weight of the sequential KL in tdpo2, Eq. 17
+beta = 0.1                  # strength of the tie to the reference, Eq. 3; fdpo wants far less (0.03 on HH, 1e-5 on IMDb)
+# data
+data = "reviews"            # reviews (embedded), imdb, hh, or a .jsonl/.json/.parquet/.csv file or hub dataset with prompt, chosen, rejected
+eval_data = ""              # held-out pairs in the same forms; default: a tenth of the prompts, or the test split of hh
+strict = False              # one bad row ends the run; otherwise up to 1 % are left out and counted
+max_length = 512            # tokens of a prompt and one response
+max_prompt_length = 256     # tokens a prompt is cut to where max_length is exceeded
+truncation = "left"         # the side on which such a prompt loses tokens: left or right
+# model
+init_from = ""              # the policy's start: a directory or hub id; scratch is the embedded task's tiny GPT-2
+ref_from = ""               # the reference; default: a frozen copy of init_from
+# the sentiment task (reviews, imdb): how its pairs are made
+texts = "stanfordnlp/imdb"  # reviews for imdb: a hub id, or a .parquet/.jsonl file with text and split (train, test)
+reward = "siebert/sentiment-roberta-large-english"  # a text-classification model (directory or hub id), or exact, the embedded task's
+train_prefixes = 4096       # beginnings of training reviews that are completed
+eval_prefixes = 256         # beginnings of test reviews that are completed at every evaluation
+completions = 4             # samples for each training prefix; every two make a pair
+max_new_tokens = 64         # tokens of a completion
+min_score_gap = 0.1         # pairs whose rewards differ by no more are dropped
+# optimization (the paper's values)
+max_steps = 0               # 0 is one pass over the pairs
+batch_size = 64             # pairs a step
+micro_tokens = 8192         # tokens a forward pass; changes no result; lower it when memory runs out
+optimizer = "rmsprop"       # rmsprop or adamw
+learning_rate = 5e-6        # constant after the warm-up
+warmup_steps = 150          # linear
+grad_clip = 10.0            # largest gradient norm; 0 turns clipping off
+# the run
+out_dir = ""                # becomes an ordinary Hugging Face directory; default: out/DATA-METHOD
+resume = False              # continue the run in out_dir, with its options
+overwrite = False           # replace the run in out_dir
+eval_interval = 100         # steps between evaluations; 0 evaluates at the start and the end only
+save_interval = 100         # steps between checkpoints; 0 saves at the end only
+log_interval = 1            # steps between printed lines; log.jsonl has every step
+wandb_log = False           # log to Weights & Biases too
+seed = 1                    # of the order of pairs, the split, samples and the scratch model
+device = "auto"             # auto, cuda, mps or cpu
+dtype = "auto"              # auto (bfloat16 on cuda, else float32), bfloat16 (autocast over fp32 weights) or float32
+compile = "auto"            # torch.compile the model: auto (on cuda), True or False
+# -----------------------------------------------------------------------------
+
+METHODS = ("sft", "dpo", "fdpo", "tdpo1", "tdpo2")
+TASKS = ("reviews", "imdb")
+FORMATS = (".jsonl", ".json", ".parquet", ".csv")
+PRESETS = {     # what a task sets in place of the defaults above; an explicit option wins over either
+    "reviews": dict(init_from="scratch", reward="exact", texts="", max_length=112, max_prompt_length=16, max_new_tokens=96, train_prefixes=256,
+                    eval_prefixes=256, max_steps=250, learning_rate=1e-4, warmup_steps=20, eval_interval=50, save_interval=0, log_interval=10),
+    "reviews sft": dict(init_from="scratch", max_length=128, max_prompt_length=16, max_steps=400, optimizer="adamw", learning_rate=3e-3,
+                        warmup_steps=20, grad_clip=1.0, eval_interval=100, save_interval=0, log_interval=50, texts=""),
+    "imdb": dict(init_from="insub/gpt2-large-IMDb-fine-tuned", max_length=128, max_prompt_length=32),
+    "imdb sft": dict(init_from="gpt2-large", learning_rate=1e-5),
+}
+CHANGEABLE = {"resume", "max_steps", "eval_interval", "save_interval", "log_interval", "wandb_log", "micro_tokens", "device", "compile", "out_dir"}
+
+
+def configure(argv):
+    """The run's options: the globals above, then the task's presets, then --key=value. All mistakes in one message, exit code 2."""
+    knobs = dict(re.findall(r"^(\w+) = .*?  +# (.*)$", open(__file__, encoding="utf-8").read().split("# ---------")[1], re.M))
+    defaults, wrong = {name: globals()[name] for name in knobs}, []
+    parser = argparse.ArgumentParser(usage="python train.py [--key=value ...]", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, comment in knobs.items():
+        flag = dict(nargs="?", const="True") if isinstance(defaults[name], bool) else {}
+        parser.add_argument("--" + name, metavar="", help=f"{comment} [{defaults[name]}]".replace("%", "%%"), **flag)
+    args, unknown = parser.parse_known_args(argv)
+    near = lambda word, names, cutoff=0.6: "".join(f"; did you mean {x}?" for x in difflib.get_close_matches(word, names, 1, cutoff))
+    wrong += [f"unknown option {word}{near(word.split('=')[0], ['--' + x for x in knobs], 0)} (--help lists them all, written --key=value)" for word in unknown]
+    given = {}
+    for name, text in vars(args).items():
+        kind = type(defaults[name])
+        try:
+            if text is not None:
+                given[name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+                if kind is float and not math.isfinite(given[name]):
+                    raise ValueError
+        except (ValueError, KeyError):
+            wrong.append(f"--{name}={text}: expected {'True or False' if kind is bool else 'a whole number' if kind is int else 'a number'}")
+            given.pop(name, None)
+
+    # presets, and the options of a run to be resumed
+    c = argparse.Namespace(**{**defaults, **given})
+    preset = {**PRESETS.get(c.data, {}), **(PRESETS.get(f"{c.data} sft", {}) if c.method == "sft" else {})}
+    folder = c.out_dir or f"out/{os.path.splitext(os.path.basename(c.data))[0]}-{c.method}"
+    if c.resume and not os.path.isfile(os.path.join(folder, "options.json")):
+        wrong.append(f"--resume=True: {folder} holds no run; name its --out_dir")
+    elif c.resume:
+        preset = json.load(open(os.path.join(folder, "options.json"), encoding="utf-8"))
+        wrong += [f"--{name}={value} would change the run in {folder}, which has {preset[name]}; leave it out, or start another --out_dir"
+                  for name, value in given.items() if name in preset and value != preset[name] and name not in CHANGEABLE]
+    c = argparse.Namespace(**{name: {**defaults, **preset, **given}[name] for name in knobs})
+    c.out_dir = folder
+
+    # the values one by one
+    for name, allowed in dict(method=METHODS, truncation=("left", "right"), optimizer=("rmsprop", "adamw"), dtype=("auto", "bfloat16", "float32"),
+                              compile=("auto", "True", "False"), device=("auto", "cuda", "mps", "cpu")).items():
+        if getattr(c, name) not in allowed:
+            wrong.append(f"--{name}={getattr(c, name)}: it is one of {', '.join(allowed)}{near(getattr(c, name), allowed)}")
+    for name, least in dict(alpha=0, min_score_gap=0, max_steps=0, warmup_steps=0, grad_clip=0, eval_interval=0, save_interval=0, log_interval=1, seed=0, completions=2,
+                            batch_size=1, max_length=2, max_prompt_length=1, train_prefixes=1, eval_prefixes=2, max_new_tokens=1, micro_tokens=1).items():
+        if getattr(c, name) < least:
+            wrong.append(f"--{name}={getattr(c, name)}: it must be at least {least}")
+    wrong += [f"--{name}={getattr(c, name)}: it must be greater than 0" for name in ("beta", "learning_rate") if getattr(c, name) <= 0]
+    if c.max_prompt_length >= c.max_length:
+        wrong.append(f"--max_prompt_length={c.max_prompt_length} leaves no room for a response within --max_length={c.max_length}")
+    for name, known in (("data", (*TASKS, "hh")), ("eval_data", ("", "hh"))):
+        source = getattr(c, name)
+        if os.path.isdir(source) or os.path.isfile(source) and not source.endswith(FORMATS):
+            wrong.append(f"--{name}={source}: name a file that ends in {', '.join(FORMATS)}")
+        elif source.endswith(FORMATS) and not os.path.isfile(source):
+            wrong.append(f"--{name}={source}: no such file")
+        elif source not in known and not os.path.isfile(source) and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+            wrong.append(f"--{name}={source}: it is {', '.join(filter(None, known))}, a file of pairs, or a hub id like owner/name{near(source, known)}")
+
+    # what belongs together
+    task, sft = c.data in TASKS, c.method == "sft"
+    for names, used, by in (("alpha", c.method == "tdpo2", "--method=tdpo2"), ("beta ref_from", not sft, "preference methods"),
+                            ("texts", c.data == "imdb", "--data=imdb"), ("max_prompt_length truncation", not (task and sft), "pairs, not by whole texts"),
+                            ("reward train_prefixes eval_prefixes completions max_new_tokens min_score_gap", task and not sft,
+                             "preference methods on reviews and imdb"), ("strict eval_data", not task or c.eval_data, "pairs from files and the hub")):
+        wrong += [f"--{name} would be ignored: it is used by {by}" for name in names.split() if name in given and not used]
+    if not c.init_from:
+        wrong.append(f"--data={c.data} needs a model: --init_from=DIRECTORY or a hub id")
+    if c.init_from == "scratch" and c.data != "reviews" or c.ref_from == "scratch":
+        wrong.append("scratch is the tiny untrained model of --data=reviews and knows its words alone; name a directory or a hub id")
+    if c.wandb_log and not importlib.util.find_spec("wandb"):
+        wrong.append("--wandb_log=True: wandb is not installed; pip install wandb, or leave it out")
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        wrong.append(f"--out_dir={folder} is a file; name a directory")
+    if any(os.path.realpath(x) == os.path.realpath(folder) for x in (c.init_from, c.ref_from) if x):
+        wrong.append(f"--out_dir={folder} is a model that the run starts from; name another")
+    elif not (c.resume or c.overwrite) and any(os.path.exists(os.path.join(folder, f)) for f in ("options.json", "log.jsonl", "config.json")):
+        wrong.append(f"--out_dir={folder} holds another run: --resume=True continues it, --overwrite=True replaces it, another --out_dir keeps it")
+    if c.resume and c.overwrite:
+        wrong.append("--resume=True and --overwrite=True contradict each other")
+    if wrong:
+        print("error: " + "\nerror: ".join(wrong), file=sys.stderr)
+        sys.exit(2)
+    return vars(c)
+
+
+if __name__ == "__main__":      # before the imports below, so that a typing mistake costs no time
+    options = configure(sys.argv[1:])
+    globals().update(options)
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+import eval_imdb
+from sample import autocast, encode_prompt, load_model, read_pairs
+from tdpo import fused_tdpo_loss, margin
+
+
+# -----------------------------------------------------------------------------
+# pairs as token ids, packed: several whole pairs in one row, each as [prompt | chosen | rejected], its prompt once
+
+
+def tokenize(pairs, tokenizer, max_length, max_prompt_length, truncation):
+    """([(prompt, chosen, rejected) token ids], their indices in pairs, number truncated). The prompt's tokens are the same in both.
+
+    EOS ends each response. As in DPO, a pair over max_length first loses prompt, down to max_prompt_length, then the ends of its
+    responses; one whose responses then no longer differ is left out.
+    """
+    examples, kept, truncated = [], [], 0
+    for n, (_, prompt, *responses) in enumerate(tqdm(pairs, desc="tokenizing", leave=False, disable=None)):
+        prompt = encode_prompt(tokenizer, prompt)
+        responses = [tokenizer(r, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for r in responses]
+        if len(prompt) + max(map(len, responses)) > max_length:
+            truncated += 1
+            prompt = prompt[-max_prompt_length:] if truncation == "left" else prompt[:max_prompt_length]
+            responses = [r[:max_length - len(prompt)] for r in responses]
+        if responses[0] != responses[1]:
+            examples.append((prompt, *responses))
+            kept.append(n)
+    return examples, kept, truncated
+
+
+def tokenize_texts(texts, tokenizer, max_length):
+    """Whole texts for SFT in the same form: the first token is the prompt, nothing is rejected; EOS ends a text that is not cut."""
+    ids = [(encode_prompt(tokenizer, t) + [tokenizer.eos_token_id])[:max_length] for t in tqdm(texts, desc="tokenizing", leave=False, disable=None)]
+    return [(x[:1], x[1:], []) for x in ids if len(x) > 1]
+
+
+def pack(lengths, row_length):
+    """Rows (lists of indices) whose lengths sum to at most row_length: first fit, longest first."""
+    rows, free = [], []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        r = next((r for r, space in enumerate(free) if space >= lengths[i]), len(rows))
+        if r == len(rows):
+            rows.append([])
+            free.append(row_length)
+        rows[r].append(i)
+        free[r] -= lengths[i]
+    return rows
+
+
+def collate(examples, rows, row_length):
+    """Tensors of packed rows: ids, position, doc (pair of a token, -1 in padding) and part (0 prompt, 1 chosen, 2 rejected), each
+    (rows, row_length); and for the N response tokens source (index of the token that predicts it), labels, pair and chosen."""
+    ids, position, part = (np.zeros((len(rows), row_length), dtype=np.int64) for _ in range(3))
+    doc = np.full_like(ids, -1)
+    source, labels, pair, chosen = [], [], [], []
+    count = 0
+    for r, row in enumerate(rows):
+        at = 0
+        for i in row:
+            prompt = examples[i][0]
+            last = r * row_length + at + len(prompt) - 1                # predicts the first token of either response
+            for k, tokens in enumerate(examples[i]):
+                end = at + len(tokens)
+                ids[r, at:end], doc[r, at:end], part[r, at:end] = tokens, count, k
+                position[r, at:end] = np.arange(len(tokens)) + (len(prompt) if k else 0)
+                if k and tokens:
+                    source += [last, *range(r * row_length + at, r * row_length + end - 1)]
+                    labels += tokens
+                    pair += [count] * len(tokens)
+                    chosen += [k == 1] * len(tokens)
+                at = end
+            count += 1
+    batch = dict(ids=ids, position=position, doc=doc, part=part, source=np.array(source), labels=np.array(labels), pair=np.array(pair), chosen=np.array(chosen))
+    return {name: torch.from_numpy(x) for name, x in batch.items()}
+
+
+def attention_mask(doc, part):
+    """(rows, 1, L, L) bool: a token sees itself and what is before it in its own pair: the prompt and its own response."""
+    causal = torch.ones(doc.shape[1], doc.shape[1], dtype=torch.bool, device=doc.device).tril()
+    same_pair = doc[:, :, None] == doc[:, None, :]
+    visible = (part[:, None, :] == 0) | (part[:, :, None] == part[:, None, :])
+    return (causal & same_pair & visible)[:, None]
+
+
+def response_states(body, model, batch):
+    """Hidden states (N, d) that predict the response tokens, and the output layer (V, d); a bias is one more column of each."""
+    out = body(input_ids=batch["ids"], attention_mask=attention_mask(batch["doc"], batch["part"]), position_ids=batch["position"], use_cache=False)
+    hidden, layer = out.last_hidden_state.flatten(0, 1)[batch["source"]], model.get_output_embeddings()
+    if getattr(layer, "bias", None) is None:
+        return hidden, layer.weight
+    return torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1), torch.cat([layer.weight, layer.bias[:, None]], 1)
+
+
+@torch.no_grad()
+def check_model(model, name, examples):
+    """Ends the program unless packed rows and output layer give the logits that the model itself gives for separate sequences.
+
+    That catches whatever this file does not know: scaled or softcapped logits, attention that ignores a mask, sliding windows shorter
+    than these examples, recurrent layers.
+    """
+    length = sum(len(part) for e in examples for part in e)
+    batch = {k: v.to(model.device) for k, v in collate(examples, [list(range(len(examples)))], length).items()}
+    try:
+        hidden, weight = response_states(model.base_model, model, batch)
+        n = 0
+        for example in examples:
+            for response in filter(None, example[1:]):
+                n += len(response)
+                expected = model(torch.tensor([example[0] + response[:-1]], device=model.device), use_cache=False).logits[0, -1].float()
+                gap = (hidden[n - 1].float() @ weight.T.float() - expected).abs().max() / expected.std().clamp(min=1e-6)
+                if not gap < 1e-2:
+                    raise ValueError(f"packed rows give other logits than separate sequences (off by {gap:.1g} standard deviations)")
+    except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
+        sys.exit(f"error: {name} ({type(model).__name__}) cannot be trained exactly here: {error}. Scaled or softcapped logits, recurrent layers and "
+                 "windows shorter than max_length are not supported")
+
+
+# -----------------------------------------------------------------------------
+# steps, metrics, checkpoints
+
+
+@functools.lru_cache(2)
+def permutation(n, seed, epoch):
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def step_indices(step, batch_size, n, seed):
+    """The pairs of a step: the next batch_size of an endless stream of permutations of n, each from (seed, epoch)."""
+    return [int(permutation(n, seed, k // n)[k % n]) for k in range(step * batch_size, (step + 1) * batch_size)]
+
+
+def preference_metrics(stats, method, beta, alpha):
+    """Means over pairs of what the log holds, as a dict of 0-d tensors; stats as from tdpo_loss. acc compares log-ratios, the same for
+    every method; acc_loss is the method's own, margin > 0; the gaps are means of absolute differences."""
+    s = stats
+    m = margin(method, s["logratio_w"], s["logratio_l"], s["kl_w"], s["kl_l"], beta, alpha)
+    columns = dict(loss=s["loss"], acc=s["logratio_w"] > s["logratio_l"], acc_loss=m > 0, margin=m, logratio_w=s["logratio_w"], logratio_l=s["logratio_l"],
+                   kl_w=s["kl_w"], kl_l=s["kl_l"], kl_gap=(s["kl_l"] - s["kl_w"]).abs(), rkl_w=s["rkl_w"], rkl_l=s["rkl_l"],
+                   rkl_gap=(s["rkl_l"] - s["rkl_w"]).abs())
+    return {name: x.float().mean() for name, x in columns.items()}
+
+
+def sft_loss(hidden, weight, labels, rows=2048):
+    """Cross-entropy, its mean over tokens (N,) and stats {"loss": (N,)}; the logits of `rows` tokens live at once, recomputed in backward."""
+    entropy = lambda h, y: F.cross_entropy((h @ weight.T).float(), y, reduction="none")
+    losses = torch.cat([checkpoint(entropy, h, y, use_reentrant=False) for h, y in zip(hidden.split(rows), labels.split(rows))])
+    return losses.mean(), {"loss": losses.detach()}
+
+
+def peak_gib(device):
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource                 # ru_maxrss is in KiB on Linux, in bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def file_hash(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def save(folder, model, tokenizer, optimizer, step):
+    """Write the checkpoint beside the old one, then move it over file by file. The training state's name holds the hash of the weights it
+    belongs to, so at every moment the folder's weights are whole and their own state lies beside them."""
+    new = os.path.join(folder, ".saving")
+    shutil.rmtree(new, ignore_errors=True)
+    model.save_pretrained(new, max_shard_size="1000GB")
+    tokenizer.save_pretrained(new)
+    state = os.path.join(folder, f"training_state-{file_hash(os.path.join(new, 'model.safetensors'))}.pt")
+    torch.save({"step": step, "optimizer": optimizer.state_dict()}, os.path.join(new, "state.pt"))
+    os.replace(os.path.join(new, "state.pt"), state)
+    for name in os.listdir(new):
+        os.replace(os.path.join(new, name), os.path.join(folder, name))
+    os.rmdir(new)
+    for old in glob.glob(os.path.join(glob.escape(folder), "training_state-*.pt")):
+        if old != state:
+            os.remove(old)
+
+
+def load_state(folder):
+    """{"step", "optimizer"} that belongs to the weights in folder."""
+    weights = os.path.join(folder, "model.safetensors")
+    path = os.path.join(folder, f"training_state-{file_hash(weights)}.pt") if os.path.exists(weights) else ""
+    if not os.path.exists(path):
+        sys.exit(f"error: {folder} has no complete checkpoint to resume; start again with --overwrite=True")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+if __name__ == "__main__":
+    # -------------------------------------------------------------------------
+    # device
+    started, sft, task = time.time(), method == "sft", data in TASKS
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if not {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}[device]:
+        sys.exit(f"error: --device={device}: torch {torch.__version__} sees no such device here; --device=cpu works everywhere")
+    dtype = ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype
+    compile = compile == "True" or compile == "auto" and device == "cuda"
+    torch.manual_seed(seed)
+
+    # -------------------------------------------------------------------------
+    # policy and reference
+    if init_from == "scratch" and not sft:          # the embedded task trains its SFT model first, with this same file
+        init_from = options["init_from"] = os.path.join(os.path.dirname(out_dir), f"reviews-sft-{seed}")
+        if not os.path.exists(os.path.join(init_from, "config.json")):
+            command = ["--method=sft", f"--out_dir={init_from}", f"--seed={seed}", f"--device={device}", f"--dtype={dtype}", "--overwrite=True"]
+            print("the SFT model first: python train.py " + " ".join(command), flush=True)
+            if subprocess.run([sys.executable, __file__, *command]).returncode:
+                sys.exit("error: the SFT run failed")
+            print()
+    model, tokenizer = eval_imdb.scratch_model(seed) if init_from == "scratch" else load_model(init_from, device)
+    model.to(device)
+    positions = getattr(model.config, "max_position_embeddings", None) or max_length
+    if max_length > positions:
+        sys.exit(f"error: --max_length={max_length} is more than the {positions} positions of {init_from}; use --max_length={positions} or less")
+    if tokenizer.eos_token_id is None:
+        sys.exit(f"error: the tokenizer of {init_from} has no EOS token, which ends every response; set eos_token in its tokenizer_config.json")
+    if not sft:
+        ref, ref_tokenizer = load_model(ref_from or init_from, device)
+        ref.requires_grad_(False)
+        if ref.get_output_embeddings().weight.shape[0] != model.get_output_embeddings().weight.shape[0] or ref_tokenizer.get_vocab() != tokenizer.get_vocab():
+            sys.exit(f"error: the reference {ref_from} has another vocabulary than {init_from}; the KL needs the same tokens in both")
+
+    # -------------------------------------------------------------------------
+    # data
+    truncated = dropped = 0
+    if task and sft:
+        texts = eval_imdb.load_texts(options)
+        examples, held_out = (tokenize_texts(x, tokenizer, max_length) for x in (texts["train"], texts["test"][:512]))
+    else:
+        source = eval_imdb.build_pairs(options, model, tokenizer, os.path.dirname(out_dir)) if task else data
+        pairs = read_pairs(source, tokenizer, "train", strict)
+        if eval_data or data == "hh":
+            held_pairs = read_pairs(eval_data or "hh", tokenizer, "test", strict)
+        else:
+            prompts = np.random.default_rng(seed).permutation(sorted({p[1] for p in pairs})).tolist()
+            held = set(prompts[:max(1, min(512, len(prompts) // 10))])
+            pairs, held_pairs = [p for p in pairs if p[1] not in held], [p for p in pairs if p[1] in held]
+        (examples, kept, truncated), (held_out, _, _) = (tokenize(x, tokenizer, max_length, max_prompt_length, truncation) for x in (pairs, held_pairs))
+        dropped, pairs = len(pairs) - len(examples), [pairs[i] for i in kept]
+    if not examples or not held_out:
+        sys.exit(f"error: every {'training' if not examples else 'held-out'} pair was dropped: after truncation to --max_length={max_length} no two responses differ, "
+                 "or one prompt is all there is; raise --max_length, or name --eval_data")
+    if sft:
+        examples, held_out = ([(p, c, []) for p, c, _ in x] for x in (examples, held_out))
+    sizes = [[sum(map(len, e)) for e in x] for x in (examples, held_out)]
+    longest = int(np.argmax(sizes[0]))
+    row_length = -(-max(256, *sizes[0], *sizes[1]) // 64) * 64
+    rows_a_pass = max(1, micro_tokens // row_length)
+    check_model(model, init_from, [examples[0], examples[longest]])
+    if resume:
+        state = load_state(out_dir)
+        model = load_model(out_dir, device)[0]
+
+    # -------------------------------------------------------------------------
+    # optimizer
+    optimizer = {"rmsprop": torch.optim.RMSprop, "adamw": functools.partial(torch.optim.AdamW, weight_decay=0.0)}[optimizer](model.parameters(), lr=learning_rate)
+    step = 0
+    if resume:
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    max_steps = max_steps or -(-len(examples) // batch_size)
+    body = torch.compile(model.base_model, dynamic=False) if compile else model.base_model
+    ref_body = None if sft else torch.compile(ref.base_model, dynamic=False) if compile else ref.base_model
+
+    # -------------------------------------------------------------------------
+    # what will happen
+    layer, n_params = model.get_output_embeddings().weight, sum(p.numel() for p in model.parameters())
+    n_body = n_params - layer.numel() * (1 if layer is model.get_input_embeddings().weight else 2)
+    peaks = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12}        # dense bf16 FLOP/s, NVIDIA's data sheets
+    peak = next((x for name, x in peaks.items() if device == "cuda" and name in torch.cuda.get_device_name()), None)
+    tokens, saved = sum(sizes[0]), 0 if sft else sum(len(e[0]) for e in examples)
+    n_rows = len(pack(sizes[0], row_length))
+    noun = "texts" if sft else "pairs"
+    print(f"{noun}: {len(examples)} to train on, {len(held_out)} held out; {truncated} truncated, {dropped} dropped")
+    print(f"rows: {n_rows} of {row_length} tokens, {tokens / n_rows / row_length:.0%} full; shared prompts save {saved} of {tokens + saved} tokens ({saved / (tokens + saved):.0%})")
+    print(f"step: {batch_size} {noun}, about {batch_size * tokens // len(examples)} tokens, {rows_a_pass} rows a pass; {max_steps} steps, {max_steps * batch_size / len(examples):.1f} epochs")
+    print(f"policy: {init_from}, {n_params / 1e6:.1f}M parameters, vocabulary {len(layer)}; reference: {'none' if sft else ref_from or 'a frozen copy'}")
+    print(f"run: {method}{f', alpha {alpha}' if method == 'tdpo2' else ''}{'' if sft else f', beta {beta}'}, seed {seed}, device {device}, dtype {dtype}, compile {compile}, "
+          f"torch {torch.__version__}; into {out_dir}")
+    if task and not sft:
+        test_prefixes, score = eval_imdb.task_prefixes(options, tokenizer)["test"], eval_imdb.load_reward(reward, device)
+
+    os.makedirs(out_dir, exist_ok=True)
+    log_path, lines = os.path.join(out_dir, "log.jsonl"), []
+    if resume:
+        lines = [x for x in open(log_path, encoding="utf-8") if json.loads(x)["step"] <= step]
+    else:                                           # --overwrite: nothing of the other run stays beside this one
+        for path in glob.glob(os.path.join(glob.escape(out_dir), "training_state-*.pt")) + [os.path.join(out_dir, x) for x in ("config.json", "model.safetensors")]:
+            if os.path.exists(path):
+                os.remove(path)
+    with open(os.path.join(out_dir, "options.json"), "w", encoding="utf-8") as f:
+        json.dump(options, f, indent=1)
+    log = open(log_path, "w", encoding="utf-8")
+    log.writelines(lines)
+    if wandb_log:
+        import wandb
+        wandb.init(project="tdpo", name=os.path.basename(out_dir), config=options, dir=out_dir)
+
+    # -------------------------------------------------------------------------
+    # one pass over some rows, for training and for evaluation
+    def passes(indices, examples):
+        """The micro-batches of a step: (indices of its pairs, tensors on the device)."""
+        rows = pack([sum(map(len, examples[i])) for i in indices], row_length)
+        for k in range(n := -(-len(rows) // rows_a_pass)):
+            some = [[indices[i] for i in row] for row in rows[k::n]]
+            batch = collate(examples, some + [[]] * (rows_a_pass - len(some) if compile else 0), row_length)      # compiled for one shape
+            yield sum(some, []), {name: x if name in ("pair", "chosen") else x.to(device, non_blocking=True) for name, x in batch.items()}
+
+    def forward(batch):
+        """The loss, a mean over the pass's pairs (sft: tokens), and stats, a value a pair."""
+        with autocast(device, dtype):
+            hidden, weight = response_states(body, model, batch)
+            if sft:
+                return sft_loss(hidden, weight, batch["labels"])
+            with torch.no_grad():
+                ref_hidden, ref_weight = response_states(ref_body, ref, batch)
+            return fused_tdpo_loss(hidden, weight, ref_hidden, ref_weight, batch["labels"], batch["pair"], batch["chosen"], beta, alpha, method)
+
+    def means(stats):
+        """Metrics over the stats of several passes."""
+        stats = {name: torch.cat([s[name] for s in stats]) for name in stats[0]}
+        return {"loss": stats["loss"].mean()} if sft else preference_metrics(stats, method, beta, alpha)
+
+    def write(record, columns):
+        """One JSON line in the log, and the columns that a person watches on the screen."""
+        log.write(json.dumps(record) + "\n")
+        log.flush()
+        if wandb_log:
+            wandb.log(record, step=record["step"])
+        if columns:
+            print(f"{'step' if 'loss' in record else 'eval':4} {record['step']:>{len(str(max_steps))}} | " + " | ".join(
+                f"{x.removeprefix('eval_')} {record[x]:.4g}" if isinstance(record[x], float) else f"{x} {record[x]}" for x in columns if x in record), flush=True)
+
+    def evaluate():
+        with torch.no_grad():
+            found = means([forward(batch)[1] for _, batch in tqdm(list(passes(range(len(held_out)), held_out)), desc="evaluating", leave=False, disable=None)])
+        found = {name: x.item() for name, x in found.items()}
+        if task and not sft:
+            sampled = eval_imdb.score_policy(model, ref, tokenizer, test_prefixes, score, max_new_tokens, seed, dtype)
+            found.update(sampled)
+        write({"step": step, **{"eval_" + name: x for name, x in found.items()}},
+              ["eval_" + x for x in ("loss", "acc", "margin", "kl_w", "kl_l", "kl_gap", "reward", "reward_se", "sample_kl", "sample_rkl", "entropy")])
+
+    # -------------------------------------------------------------------------
+    # the loop
+    speeds = []
+    if not resume:
+        evaluate()
+    while step < max_steps:
+        began = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1, (step + 1) / max(1, warmup_steps))
+        indices = step_indices(step, batch_size, len(examples), seed)
+        if sft:
+            count = sum(len(examples[i][1]) for i in indices)
+        optimizer.zero_grad(set_to_none=True)
+        stats, members = [], []
+        for some, batch in passes(indices, examples):
+            loss, s = forward(batch)
+            (loss * len(s["loss"]) / (count if sft else batch_size)).backward()     # the step's loss is one mean, however its pairs are packed
+            stats.append(s)
+            members += some
+        found = means(stats)
+        found["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        found = dict(zip(found, torch.stack(list(found.values())).tolist()))        # the step's one wait for the device
+        if not (math.isfinite(found["loss"]) and math.isfinite(found["grad_norm"])):
+            bad = [] if sft else [m for m, x in zip(members, torch.cat([s["loss"] for s in stats]).tolist()) if not math.isfinite(x)]
+            names = ", ".join(str(i) if sft else pairs[i][0] for i in (bad or members)[:8])
+            sys.exit(f"error: the loss ({found['loss']}) or gradient norm ({found['grad_norm']}) of step {step + 1} is not finite; {noun}: {names}. The last checkpoint "
+                     "is untouched. Lower --learning_rate, or look at these " + noun)
+        optimizer.step()
+        step += 1
+        seconds = time.perf_counter() - began
+        n_tokens = sum(len(part) for i in indices for part in examples[i])
+        n_loss = sum(len(part) for i in indices for part in examples[i][1:])
+        flops = (6 if sft else 8) * (n_tokens * n_body + n_loss * layer.numel())    # policy forward and backward, reference forward
+        record = dict(step=step, epoch=step * batch_size / len(examples), **found, lr=optimizer.param_groups[0]["lr"], pairs_per_s=batch_size / seconds,
+                      tokens_per_s=n_tokens / seconds, **({"mfu": flops / seconds / peak} if peak else {}), peak_gib=peak_gib(device))
+        speeds.append((record["pairs_per_s"], record["tokens_per_s"]))
+        write(record, ("loss", "acc", "margin", "kl_w", "kl_l", "kl_gap", "grad_norm", "pairs_per_s", "mfu") if step % log_interval == 0 or step == max_steps else ())
+        if step == max_steps or eval_interval and step % eval_interval == 0:
+            evaluate()
+        if step == max_steps or save_interval and step % save_interval == 0:
+            save(out_dir, model, tokenizer, optimizer, step)
+
+    if speeds:
+        middle = np.median(speeds[min(3, len(speeds) - 1):], axis=0)                # the first steps warm up
+        print(f"median speed {middle[0]:.2f} {noun}/s, {middle[1]:.0f} tokens/s; peak memory {peak_gib(device):.2f} GiB; {time.time() - started:.0f} s in all")
+    print(f"saved {out_dir} | next: python " + ("sample.py --model=" if task or not sft else "train.py --method=tdpo2 --data=" + data + " --init_from=") + out_dir)
