@@ -10,8 +10,10 @@ Every response becomes one line of a .jsonl file: prompt, model, response, score
 import argparse
 import difflib
 import glob
+import hashlib
 import json
 import os
+import shutil
 import sys
 
 import torch
@@ -92,7 +94,7 @@ def render(row, tokenizer):
     turn, prompt, responses = "\n\nAssistant:", row.get("prompt"), [row.get("chosen"), row.get("rejected")]
     if all(isinstance(x, list) for x in responses):                     # messages; the prompt may be their common beginning
         responses = [(prompt if isinstance(prompt, list) else []) + x for x in responses]
-        shared = len(os.path.commonprefix(responses))
+        shared = next((n for n, (a, b) in enumerate(zip(*responses)) if a != b), min(map(len, responses)))
         if shared == min(map(len, responses)):
             raise ValueError("has identical or empty responses")
         prompt = chat(tokenizer, responses[0][:shared], True)
@@ -160,8 +162,34 @@ def encode_prompt(tokenizer, text):
     return ids or [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
 
 
+def tokenize(pairs, tokenizer, max_length, max_prompt_length, truncation):
+    """([(prompt, chosen, rejected) token ids], their indices in pairs, number truncated). The prompt's tokens are the same in both.
+
+    EOS ends each response. As in DPO, a pair over max_length first loses prompt, down to max_prompt_length, then the ends of its
+    responses; one whose responses then no longer differ is left out.
+    """
+    examples, kept, truncated = [], [], 0
+    for n, (_, prompt, *responses) in enumerate(tqdm(pairs, desc="tokenizing", leave=False, disable=None)):
+        prompt = encode_prompt(tokenizer, prompt)
+        responses = [tokenizer(r, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for r in responses]
+        if len(prompt) + max(map(len, responses)) > max_length:
+            truncated += 1
+            prompt = prompt[-max_prompt_length:] if truncation == "left" else prompt[:max_prompt_length]
+            responses = [r[:max_length - len(prompt)] for r in responses]
+        if responses[0] != responses[1]:
+            examples.append((prompt, *responses))
+            kept.append(n)
+    return examples, kept, truncated
+
+
+def tokenize_texts(texts, tokenizer, max_length):
+    """Whole texts for SFT in the same form: the first token is the prompt, nothing is rejected; EOS ends a text that is not cut."""
+    ids = [(encode_prompt(tokenizer, x) + [tokenizer.eos_token_id])[:max_length] for x in tqdm(texts, desc="tokenizing", leave=False, disable=None)]
+    return [(x[:1], x[1:], []) for x in ids if len(x) > 1]
+
+
 # -----------------------------------------------------------------------------
-# models: load, sample, measure
+# models: load, save, sample, measure
 
 
 def load_model(path, device="cpu", cls=AutoModelForCausalLM):
@@ -186,6 +214,41 @@ def load_model(path, device="cpu", cls=AutoModelForCausalLM):
     if info["missing_keys"]:
         sys.exit(f"error: {path}: the weights lack {len(info['missing_keys'])} tensors of {type(model).__name__}, {min(info['missing_keys'])} for one")
     return model.to(device).eval(), tokenizer
+
+
+def file_hash(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def save(folder, model, tokenizer, optimizer, step):
+    """Write the checkpoint beside the old one, then move it over file by file. The training state's name holds the hash of the weights it
+    belongs to, so at every moment the folder's weights are whole and their own state lies beside them."""
+    new = os.path.join(folder, ".saving")
+    shutil.rmtree(new, ignore_errors=True)
+    model.save_pretrained(new, max_shard_size="1000GB")
+    tokenizer.save_pretrained(new)
+    state = os.path.join(folder, f"training_state-{file_hash(os.path.join(new, 'model.safetensors'))}.pt")
+    torch.save({"step": step, "optimizer": optimizer.state_dict()}, os.path.join(new, "state.pt"))
+    os.replace(os.path.join(new, "state.pt"), state)
+    for name in os.listdir(new):
+        os.replace(os.path.join(new, name), os.path.join(folder, name))
+    os.rmdir(new)
+    for old in glob.glob(os.path.join(glob.escape(folder), "training_state-*.pt")):
+        if old != state:
+            os.remove(old)
+
+
+def load_state(folder):
+    """{"step", "optimizer"} that belongs to the weights in folder."""
+    weights = os.path.join(folder, "model.safetensors")
+    path = os.path.join(folder, f"training_state-{file_hash(weights)}.pt") if os.path.exists(weights) else ""
+    if not os.path.exists(path):
+        sys.exit(f"error: {folder} has no complete checkpoint to resume; start again with --overwrite=True")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def autocast(device, dtype):

@@ -28,13 +28,23 @@ def token_stats(pi_logits, ref_logits, labels):
     wide = torch.promote_types(pi_logits.dtype, torch.float32)
     logp = pi_logits.to(wide).log_softmax(-1)                  # never softmax().log(): 0 * -inf = NaN at gaps >= 104
     logq = ref_logits.detach().to(wide).log_softmax(-1)
-    p, q = logp.detach().exp(), logq.exp()
-    chosen_token = labels.clamp(min=0).unsqueeze(-1)
-    logratio = (logp.gather(-1, chosen_token) - logq.gather(-1, chosen_token)).squeeze(-1)
-    kl = (q * torch.where(q > 0, logq - logp, 0)).sum(-1)                                                  # Eq. 10
-    reverse_kl = (p * torch.where(p > 0, logp.detach() - logq, 0)).sum(-1)
+    target = labels.clamp(min=0).unsqueeze(-1)
+    logratio = (logp.gather(-1, target) - logq.gather(-1, target)).squeeze(-1)
+    kl = _kl(logq, logp)                                                                                   # Eq. 10
+    reverse_kl = _kl(logp.detach(), logq)
     response = labels != -100
     return tuple(torch.where(response, x, 0) for x in (logratio, kl, reverse_kl))
+
+
+def _kl(logq, logp):
+    """KL(q || p) over the last axis as sum q (e^d - 1 - d), d = log p - log q, which is sum q log q / p as p and q both sum to 1.
+
+    No term is negative, so the first-order terms, far larger than a small KL, do not have to cancel in fp32.
+    """
+    p, q, d = logp.exp(), logq.exp(), logp - logq
+    small = d.abs() < 1
+    x = torch.where(small, d, 0)        # keeps expm1, and its gradient, finite
+    return torch.where(small, q * (x.expm1() - x), p - q - torch.where(q > 0, q * d, 0)).sum(-1)
 
 
 def margin(method, logratio_w, logratio_l, kl_w, kl_l, beta=0.1, alpha=0.5):

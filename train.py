@@ -14,13 +14,11 @@ import argparse
 import difflib
 import functools
 import glob
-import hashlib
 import importlib.util
 import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -33,6 +31,7 @@ beta = 0.1                  # strength of the tie to the reference, Eq. 3; fdpo 
 # data
 data = "reviews"            # reviews (embedded), imdb, hh, or a .jsonl/.json/.parquet/.csv file or hub dataset with prompt, chosen, rejected
 eval_data = ""              # held-out pairs in the same forms; default: a tenth of the prompts, or the test split of hh
+eval_pairs = 512            # at most so many of them are evaluated
 strict = False              # one bad row ends the run; otherwise up to 1 % are left out and counted
 max_length = 512            # tokens of a prompt and one response
 max_prompt_length = 256     # tokens a prompt is cut to where max_length is exceeded
@@ -72,7 +71,6 @@ compile = "auto"            # torch.compile the model: auto (on cuda), True or F
 
 METHODS = ("sft", "dpo", "fdpo", "tdpo1", "tdpo2")
 TASKS = ("reviews", "imdb")
-FORMATS = (".jsonl", ".json", ".parquet", ".csv")
 PRESETS = {     # what a task sets in place of the defaults above; an explicit option wins over either
     "reviews": dict(init_from="scratch", reward="exact", texts="", max_length=112, max_prompt_length=16, max_new_tokens=96, train_prefixes=256,
                     eval_prefixes=256, max_steps=250, learning_rate=1e-4, warmup_steps=20, eval_interval=50, save_interval=0, log_interval=10),
@@ -126,7 +124,7 @@ def configure(argv):
                               compile=("auto", "True", "False"), device=("auto", "cuda", "mps", "cpu")).items():
         if getattr(c, name) not in allowed:
             wrong.append(f"--{name}={getattr(c, name)}: it is one of {', '.join(allowed)}{near(getattr(c, name), allowed)}")
-    for name, least in dict(alpha=0, min_score_gap=0, max_steps=0, warmup_steps=0, grad_clip=0, eval_interval=0, save_interval=0, log_interval=1, seed=0, completions=2,
+    for name, least in dict(alpha=0, min_score_gap=0, max_steps=0, warmup_steps=0, grad_clip=0, eval_interval=0, save_interval=0, log_interval=1, eval_pairs=1, seed=0, completions=2,
                             batch_size=1, max_length=2, max_prompt_length=1, train_prefixes=1, eval_prefixes=2, max_new_tokens=1, micro_tokens=1).items():
         if getattr(c, name) < least:
             wrong.append(f"--{name}={getattr(c, name)}: it must be at least {least}")
@@ -134,13 +132,10 @@ def configure(argv):
     if c.max_prompt_length >= c.max_length:
         wrong.append(f"--max_prompt_length={c.max_prompt_length} leaves no room for a response within --max_length={c.max_length}")
     for name, known in (("data", (*TASKS, "hh")), ("eval_data", ("", "hh"))):
-        source = getattr(c, name)
-        if os.path.isdir(source) or os.path.isfile(source) and not source.endswith(FORMATS):
-            wrong.append(f"--{name}={source}: name a file that ends in {', '.join(FORMATS)}")
-        elif source.endswith(FORMATS) and not os.path.isfile(source):
-            wrong.append(f"--{name}={source}: no such file")
-        elif source not in known and not os.path.isfile(source) and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-            wrong.append(f"--{name}={source}: it is {', '.join(filter(None, known))}, a file of pairs, or a hub id like owner/name{near(source, known)}")
+        source, is_file = getattr(c, name), getattr(c, name).endswith((".jsonl", ".json", ".parquet", ".csv"))
+        if source not in known and not (os.path.isfile(source) if is_file else re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not os.path.exists(source)):
+            wrong.append(f"--{name}={source}: {'no such file' if is_file else 'unknown data'}; it is {', '.join(filter(None, known))}, a .jsonl, .json, .parquet or "
+                         f".csv file, or a hub id (owner/name){near(source, known)}")
 
     # what belongs together
     task, sft = c.data in TASKS, c.method == "sft"
@@ -180,38 +175,12 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import eval_imdb
-from sample import autocast, encode_prompt, load_model, read_pairs
+from sample import autocast, load_model, load_state, read_pairs, save, tokenize, tokenize_texts
 from tdpo import fused_tdpo_loss, margin
 
 
 # -----------------------------------------------------------------------------
 # pairs as token ids, packed: several whole pairs in one row, each as [prompt | chosen | rejected], its prompt once
-
-
-def tokenize(pairs, tokenizer, max_length, max_prompt_length, truncation):
-    """([(prompt, chosen, rejected) token ids], their indices in pairs, number truncated). The prompt's tokens are the same in both.
-
-    EOS ends each response. As in DPO, a pair over max_length first loses prompt, down to max_prompt_length, then the ends of its
-    responses; one whose responses then no longer differ is left out.
-    """
-    examples, kept, truncated = [], [], 0
-    for n, (_, prompt, *responses) in enumerate(tqdm(pairs, desc="tokenizing", leave=False, disable=None)):
-        prompt = encode_prompt(tokenizer, prompt)
-        responses = [tokenizer(r, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for r in responses]
-        if len(prompt) + max(map(len, responses)) > max_length:
-            truncated += 1
-            prompt = prompt[-max_prompt_length:] if truncation == "left" else prompt[:max_prompt_length]
-            responses = [r[:max_length - len(prompt)] for r in responses]
-        if responses[0] != responses[1]:
-            examples.append((prompt, *responses))
-            kept.append(n)
-    return examples, kept, truncated
-
-
-def tokenize_texts(texts, tokenizer, max_length):
-    """Whole texts for SFT in the same form: the first token is the prompt, nothing is rejected; EOS ends a text that is not cut."""
-    ids = [(encode_prompt(tokenizer, t) + [tokenizer.eos_token_id])[:max_length] for t in tqdm(texts, desc="tokenizing", leave=False, disable=None)]
-    return [(x[:1], x[1:], []) for x in ids if len(x) > 1]
 
 
 def pack(lengths, row_length):
@@ -334,41 +303,6 @@ def peak_gib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def file_hash(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()[:16]
-
-
-def save(folder, model, tokenizer, optimizer, step):
-    """Write the checkpoint beside the old one, then move it over file by file. The training state's name holds the hash of the weights it
-    belongs to, so at every moment the folder's weights are whole and their own state lies beside them."""
-    new = os.path.join(folder, ".saving")
-    shutil.rmtree(new, ignore_errors=True)
-    model.save_pretrained(new, max_shard_size="1000GB")
-    tokenizer.save_pretrained(new)
-    state = os.path.join(folder, f"training_state-{file_hash(os.path.join(new, 'model.safetensors'))}.pt")
-    torch.save({"step": step, "optimizer": optimizer.state_dict()}, os.path.join(new, "state.pt"))
-    os.replace(os.path.join(new, "state.pt"), state)
-    for name in os.listdir(new):
-        os.replace(os.path.join(new, name), os.path.join(folder, name))
-    os.rmdir(new)
-    for old in glob.glob(os.path.join(glob.escape(folder), "training_state-*.pt")):
-        if old != state:
-            os.remove(old)
-
-
-def load_state(folder):
-    """{"step", "optimizer"} that belongs to the weights in folder."""
-    weights = os.path.join(folder, "model.safetensors")
-    path = os.path.join(folder, f"training_state-{file_hash(weights)}.pt") if os.path.exists(weights) else ""
-    if not os.path.exists(path):
-        sys.exit(f"error: {folder} has no complete checkpoint to resume; start again with --overwrite=True")
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
 if __name__ == "__main__":
     # -------------------------------------------------------------------------
     # device
@@ -409,7 +343,7 @@ if __name__ == "__main__":
     truncated = dropped = 0
     if task and sft:
         texts = eval_imdb.load_texts(options)
-        examples, held_out = (tokenize_texts(x, tokenizer, max_length) for x in (texts["train"], texts["test"][:512]))
+        examples, held_out = (tokenize_texts(x, tokenizer, max_length) for x in (texts["train"], texts["test"][:eval_pairs]))
     else:
         source = eval_imdb.build_pairs(options, model, tokenizer, os.path.dirname(out_dir)) if task else data
         pairs = read_pairs(source, tokenizer, "train", strict)
@@ -417,9 +351,9 @@ if __name__ == "__main__":
             held_pairs = read_pairs(eval_data or "hh", tokenizer, "test", strict)
         else:
             prompts = np.random.default_rng(seed).permutation(sorted({p[1] for p in pairs})).tolist()
-            held = set(prompts[:max(1, min(512, len(prompts) // 10))])
+            held = set(prompts[:max(1, min(eval_pairs, len(prompts) // 10))])
             pairs, held_pairs = [p for p in pairs if p[1] not in held], [p for p in pairs if p[1] in held]
-        (examples, kept, truncated), (held_out, _, _) = (tokenize(x, tokenizer, max_length, max_prompt_length, truncation) for x in (pairs, held_pairs))
+        (examples, kept, truncated), (held_out, _, _) = (tokenize(x, tokenizer, max_length, max_prompt_length, truncation) for x in (pairs, held_pairs[:eval_pairs]))
         dropped, pairs = len(pairs) - len(examples), [pairs[i] for i in kept]
     if not examples or not held_out:
         sys.exit(f"error: every {'training' if not examples else 'held-out'} pair was dropped: after truncation to --max_length={max_length} no two responses differ, "

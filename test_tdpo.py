@@ -1,0 +1,408 @@
+"""Tests of the losses, the data layout and the scripts: python -m pytest. CPU, offline, under three minutes."""
+import json
+import math
+import os
+import re
+import runpy
+import subprocess
+import sys
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPTNeoXConfig, LlamaConfig, MistralConfig, Qwen3Config
+
+import eval_imdb
+import sample
+import tdpo
+import train
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+BETA, ALPHA = 0.3, 0.7
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# an independent slow loop: the paper's equations with plain floats, one token and one vocabulary entry at a time
+
+
+def slow_sequence(pi, ref, labels):
+    """(logratio, kl, reverse_kl) of one sequence: lists of T x V logits and T unshifted labels."""
+    r = kl = rkl = 0.0
+    for t in range(len(labels) - 1):
+        y = labels[t + 1]
+        if y == -100:
+            continue
+        log_z, log_zr = (math.log(sum(math.exp(x) for x in row[t])) for row in (pi, ref))
+        logp, logq = [x - log_z for x in pi[t]], [x - log_zr for x in ref[t]]
+        r += logp[y] - logq[y]
+        kl += sum(math.exp(b) * (b - a) for a, b in zip(logp, logq))
+        rkl += sum(math.exp(a) * (a - b) for a, b in zip(logp, logq))
+    return r, kl, rkl
+
+
+def slow_losses(method, pi, ref, labels, yw, yl, frozen_kl_w=None):
+    """Losses of all pairs; frozen_kl_w stands for sg[D_w] while the rest is perturbed."""
+    losses, kls = [], []
+    for n, (w, l) in enumerate(zip(yw, yl)):
+        (rw, dw, _), (rl, dl, _) = (slow_sequence(pi[i], ref[i], labels[i]) for i in (w, l))
+        kls.append(dw)
+        sg = dw if frozen_kl_w is None else frozen_kl_w[n]
+        v = {"dpo": rw - rl, "tdpo1": rw - rl - (dl - dw), "tdpo2": rw - rl - ALPHA * (dl - sg), "fdpo": math.exp(-rl) - math.exp(-rw)}[method]
+        losses.append(math.log(1 + math.exp(-BETA * v)))
+    return losses, kls
+
+
+def random_case(seed=0, B=6, T=6, V=5):
+    g = torch.Generator().manual_seed(seed)
+    pi, ref = (torch.randn(B, T, V, generator=g, dtype=torch.float64) for _ in range(2))
+    labels = torch.randint(0, V, (B, T), generator=g)
+    for b in range(B):                                  # a prompt of 1 to 3 tokens before, padding behind
+        labels[b, :1 + b % 3] = -100
+        labels[b, T - b % 2:] = -100
+    return pi, ref, labels, torch.tensor([0, 3, 2]), torch.tensor([1, 4, 5])
+
+
+@pytest.mark.parametrize("method", tdpo.METHODS)
+def test_loss_and_gradient_equal_the_slow_loop(method):
+    pi, ref, labels, yw, yl = random_case()
+    pi.requires_grad_()
+    losses, stats = tdpo.tdpo_loss(pi, ref, labels, yw, yl, BETA, ALPHA, method)
+    base = pi.detach().tolist(), ref.tolist(), labels.tolist(), yw.tolist(), yl.tolist()
+    expected, kl_w = slow_losses(method, *base)
+    assert losses.tolist() == pytest.approx(expected, rel=1e-12)
+    for n, (w, l) in enumerate(zip(yw.tolist(), yl.tolist())):
+        for side, i in (("w", w), ("l", l)):
+            values = [stats[f"{name}_{side}"][n].item() for name in ("logratio", "kl", "rkl")]
+            assert values == pytest.approx(slow_sequence(base[0][i], base[1][i], base[2][i]), rel=1e-12)
+    losses.mean().backward()
+    numeric, h = torch.zeros_like(pi), 1e-6
+    for b, t, v in np.ndindex(*pi.shape):
+        both = []
+        for sign in (1, -1):
+            base[0][b][t][v] += sign * h
+            both.append(np.mean(slow_losses(method, *base, frozen_kl_w=kl_w)[0]))
+            base[0][b][t][v] -= sign * h
+        numeric[b, t, v] = (both[0] - both[1]) / (2 * h)
+    assert torch.allclose(pi.grad, numeric, atol=1e-8)
+
+
+def gradient(method, alpha=ALPHA):
+    pi, ref, labels, yw, yl = random_case(1)
+    pi.requires_grad_()
+    losses, _ = tdpo.tdpo_loss(pi, ref, labels, yw, yl, BETA, alpha, method)
+    return losses.detach(), torch.autograd.grad(losses.mean(), pi)[0]
+
+
+def test_tdpo1_and_tdpo2_at_alpha_1_share_value_not_gradient():
+    (value1, grad1), (value2, grad2) = gradient("tdpo1"), gradient("tdpo2", 1.0)
+    assert torch.equal(value1, value2) and not torch.allclose(grad1, grad2, atol=1e-4)
+
+
+def test_tdpo2_at_alpha_0_is_dpo():
+    for a, b in zip(gradient("tdpo2", 0.0), gradient("dpo")):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("method", tdpo.METHODS)
+def test_equal_models_give_log_2_and_no_divergence(method):
+    pi, _, labels, yw, yl = random_case()
+    losses, stats = tdpo.tdpo_loss(pi.float(), pi.float().clone(), labels, yw, yl, BETA, ALPHA, method)
+    assert losses.tolist() == pytest.approx([math.log(2)] * 3, abs=1e-7)
+    for name in ("kl_w", "kl_l", "rkl_w", "rkl_l", "logratio_w", "logratio_l"):
+        assert stats[name].tolist() == [0.0] * 3
+
+
+def test_prompt_and_padding_logits_change_nothing_and_labels_are_shifted():
+    pi, ref, labels, yw, yl = random_case()
+    expected, _ = tdpo.tdpo_loss(pi, ref, labels, yw, yl)
+    predicts_nothing = torch.cat([labels[:, 1:] == -100, torch.ones(len(labels), 1, dtype=torch.bool)], 1)      # position t predicts token t + 1
+    poisoned = pi.clone()
+    poisoned[predicts_nothing] = math.nan
+    poisoned.requires_grad_()
+    losses, _ = tdpo.tdpo_loss(poisoned, ref, labels, yw, yl)
+    losses.sum().backward()
+    assert torch.equal(losses, expected) and torch.isfinite(poisoned.grad).all()
+    assert (poisoned.grad.abs().sum(-1) > 0).equal(~predicts_nothing)
+
+
+def test_extreme_logits_stay_finite():
+    for gap in (1e2, 1e4):
+        pi, ref, labels, yw, yl = random_case(B=6, T=6, V=9)
+        pi, ref = (gap * pi).float(), (-gap * ref).float()
+        for logits in (pi, ref):
+            logits[..., 7:] = -math.inf                  # vocabulary entries masked in both
+        labels = labels.clamp(max=4)
+        pi.requires_grad_()
+        for method in tdpo.METHODS:
+            losses, stats = tdpo.tdpo_loss(pi, ref, labels, yw, yl, 0.1, 0.5, method)
+            (grad,) = torch.autograd.grad(losses.sum(), pi)
+            assert torch.isfinite(losses).all() and torch.isfinite(grad).all(), method
+            assert all(torch.isfinite(x).all() and (x >= 0).all() for name, x in stats.items() if "kl" in name)
+
+
+def test_bf16_logits_are_summed_in_fp32():
+    pi, ref, labels, yw, yl = random_case()
+    low = [x.bfloat16() for x in (pi, ref)]
+    losses, stats = tdpo.tdpo_loss(*low, labels, yw, yl)
+    assert losses.dtype == torch.float32 and torch.allclose(losses, tdpo.tdpo_loss(*(x.float() for x in low), labels, yw, yl)[0])
+    assert {name: x.shape for name, x in stats.items()} == {name: (3,) for name in tdpo.STATS} and not any(x.requires_grad for x in stats.values())
+
+
+def test_no_gradient_reaches_the_reference():
+    pi, ref, labels, yw, yl = random_case()
+    pi.requires_grad_(), ref.requires_grad_()
+    tdpo.tdpo_loss(pi, ref, labels, yw, yl)[0].sum().backward()
+    assert ref.grad is None
+
+
+def test_unknown_method_lists_the_known_ones():
+    zeros = torch.zeros(2)
+    for call in (lambda: tdpo.preference_loss("tdpo3", zeros, zeros, zeros, zeros), lambda: tdpo.fused_tdpo_loss(*fused_case(), method="tdpo")):
+        with pytest.raises(ValueError, match="dpo, fdpo, tdpo1, tdpo2"):
+            call()
+
+
+def test_compile_works_around_the_unfused_loss():
+    pi, ref, labels, yw, yl = random_case()
+    run = torch.compile(lambda x: tdpo.tdpo_loss(x, ref, labels, yw, yl)[0].sum())
+    grads = [torch.autograd.grad(f(x), x)[0] for f in (run, lambda x: tdpo.tdpo_loss(x, ref, labels, yw, yl)[0].sum()) for x in [pi.clone().requires_grad_()]]
+    assert torch.allclose(*grads, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the fused form
+
+
+def fused_case(seed=0, pairs=5, d=6, V=11, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    pair, chosen = [], []
+    for n in range(pairs):
+        lengths = torch.randint(1, 7, (2,), generator=g).tolist()
+        pair += [n] * sum(lengths)
+        chosen += [True] * lengths[0] + [False] * lengths[1]
+    N, draw = len(pair), lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+    return (draw(N, d).requires_grad_(), draw(V, d).requires_grad_(), draw(N, d), draw(V, d), torch.randint(0, V, (N,), generator=g),
+            torch.tensor(pair), torch.tensor(chosen))
+
+
+def unfused(hidden, weight, ref_hidden, ref_weight, labels, pair, chosen, beta, alpha, method):
+    """The same pairs through tdpo_loss: every response becomes a row of its own behind one prompt position."""
+    P, N = int(pair[-1]) + 1, len(pair)
+    logits, ref_logits = (torch.zeros(2 * P, N + 1, len(weight), dtype=hidden.dtype) for _ in range(2))
+    rows = torch.full((2 * P, N + 1), -100)
+    slot, place = 2 * pair + ~chosen, torch.zeros(N, dtype=torch.long)
+    for n in range(N):
+        place[n] = (slot[:n] == slot[n]).sum()
+    logits, ref_logits = (x.index_put((slot, place), h @ w.T) for x, h, w in ((logits, hidden, weight), (ref_logits, ref_hidden, ref_weight)))
+    rows[slot, place + 1] = labels
+    return tdpo.tdpo_loss(logits, ref_logits, rows, torch.arange(0, 2 * P, 2), torch.arange(1, 2 * P, 2), beta, alpha, method)
+
+
+@pytest.mark.parametrize("rows", (1, 9, 2048))
+@pytest.mark.parametrize("method", tdpo.METHODS)
+def test_fused_equals_unfused(method, rows, monkeypatch):
+    monkeypatch.setattr(tdpo, "CHUNK_ROWS", rows)
+    case = fused_case()
+    losses, expected_stats = unfused(*case, BETA, ALPHA, method)
+    loss, stats = tdpo.fused_tdpo_loss(*case, BETA, ALPHA, method)
+    assert torch.allclose(loss, losses.mean(), rtol=1e-12)
+    for name in tdpo.STATS:
+        assert torch.allclose(stats[name], expected_stats[name], rtol=1e-10, atol=1e-12), name
+    for got, expected in zip(torch.autograd.grad(3 * loss, case[:2]), torch.autograd.grad(3 * losses.mean(), case[:2])):
+        assert torch.allclose(got, expected, rtol=1e-9, atol=1e-12)
+    with torch.no_grad():
+        assert torch.equal(tdpo.fused_tdpo_loss(*case, BETA, ALPHA, method)[0], loss)
+
+
+def test_fused_takes_a_bias_as_a_column_and_a_frozen_weight():
+    hidden, weight, *rest = fused_case()
+    bias = torch.randn(len(weight), dtype=weight.dtype, requires_grad=True)
+    ones = torch.ones(len(hidden), 1, dtype=weight.dtype)
+    with_column = lambda: (torch.cat([hidden, ones], 1), torch.cat([weight, bias[:, None]], 1), torch.cat([rest[0], 0 * ones], 1), torch.cat([rest[1], rest[1][:, :1]], 1), *rest[2:])
+    got = torch.autograd.grad(tdpo.fused_tdpo_loss(*with_column(), BETA, ALPHA)[0], (hidden, weight, bias))
+    expected = torch.autograd.grad(unfused(*with_column(), BETA, ALPHA, "tdpo2")[0].mean(), (hidden, weight, bias))
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(got, expected))
+    frozen = tdpo.fused_tdpo_loss(hidden, weight.detach(), *rest, BETA, ALPHA)[0]
+    assert torch.allclose(torch.autograd.grad(frozen, hidden)[0], torch.autograd.grad(tdpo.fused_tdpo_loss(hidden, weight, *rest, BETA, ALPHA)[0], hidden)[0])
+
+
+def test_fused_refuses_a_second_derivative_and_disordered_pairs():
+    case = fused_case()
+    with pytest.raises(RuntimeError, match="use tdpo_loss"):
+        torch.autograd.grad(tdpo.fused_tdpo_loss(*case)[0], case[0], create_graph=True)
+    with pytest.raises(ValueError, match="ascend"):
+        tdpo.fused_tdpo_loss(*case[:5], case[5].flip(0), case[6])
+    with pytest.raises(ValueError, match="one entry for each"):
+        tdpo.fused_tdpo_loss(*case[:5], case[5][:-1], case[6])
+
+
+def test_fused_is_accurate_in_fp32_and_under_bf16_autocast():
+    """For KLs of 1e-3 and more: within 1e-4 of fp64 in fp32, within 1 % under bf16 autocast."""
+    hidden, weight, *rest = (x.detach() if x.is_floating_point() else x for x in fused_case(pairs=40, d=64, V=500))
+    weight = 0.1 * weight
+    rest[0], rest[1] = hidden + 0.05 * rest[0], weight.clone()
+    exact = tdpo.fused_tdpo_loss(hidden, weight, *rest)[1]
+    low = [x.float() if x.is_floating_point() else x for x in (hidden, weight, *rest)]
+    single = tdpo.fused_tdpo_loss(*low)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = tdpo.fused_tdpo_loss(*low)[1]
+    for name in ("kl_w", "kl_l"):
+        keep = exact[name] >= 1e-3
+        assert keep.sum() > 10
+        assert ((single[name] - exact[name]).abs() / exact[name])[keep].max() < 1e-4
+        assert ((autocast[name] - exact[name]).abs() / exact[name])[keep].max() < 1e-2
+
+
+def test_fused_compiles_its_elementwise_part_and_says_so_where_it_cannot(monkeypatch):
+    case = fused_case(dtype=torch.float32)
+    expected = torch.autograd.grad(tdpo.fused_tdpo_loss(*case, BETA, ALPHA)[0], case[0])[0]
+    monkeypatch.setattr(tdpo, "COMPILE_VOCAB", 1)
+    assert torch.allclose(torch.autograd.grad(tdpo.fused_tdpo_loss(*case, BETA, ALPHA)[0], case[0])[0], expected, atol=1e-6)
+    outer = torch.compile(lambda *x: tdpo.fused_tdpo_loss(*x, BETA, ALPHA)[0] * 2)
+    assert torch.allclose(torch.autograd.grad(outer(*case), case[0])[0], 2 * expected, atol=1e-6)
+
+    def no_compiler(fn):
+        raise RuntimeError("no working compiler")
+    monkeypatch.setattr(tdpo, "_compiled", no_compiler)
+    monkeypatch.setattr(tdpo, "_eager_only", set())
+    with pytest.warns(UserWarning, match="no working compiler"):
+        assert torch.equal(torch.autograd.grad(tdpo.fused_tdpo_loss(*case, BETA, ALPHA)[0], case[0])[0], expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# packed rows
+
+
+SIZES = dict(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+CONFIGS = {
+    "gpt2": GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0),
+    "llama": LlamaConfig(**SIZES, intermediate_size=48, num_key_value_heads=2, tie_word_embeddings=False),
+    "gpt_neox": GPTNeoXConfig(**SIZES, intermediate_size=48),
+    "qwen3": Qwen3Config(**SIZES, intermediate_size=48, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True),
+}
+
+
+def tiny(name, seed=0):
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+
+
+def examples_of(seed=0, n=5, V=61):
+    rng = np.random.default_rng(seed)
+    return [tuple(rng.integers(0, V, k).tolist() for k in rng.integers(2, 9, 3)) for _ in range(n)]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_rows_equal_separate_sequences(name):
+    """Loss and the gradient of every parameter: packed rows and the fused loss against padded rows and the unfused loss."""
+    model, ref, examples = tiny(name), tiny(name, 1), examples_of()
+    rows = train.pack([sum(map(len, e)) for e in examples], 40)
+    assert sorted(sum(rows, [])) == [0, 1, 2, 3, 4] and max(map(len, rows)) > 1
+    batch = train.collate(examples, rows, 40)
+    states = [train.response_states(m.base_model, m, batch) for m in (model, ref)]
+    loss, stats = tdpo.fused_tdpo_loss(*states[0], *(x.detach() for x in states[1]), batch["labels"], batch["pair"], batch["chosen"], BETA, ALPHA)
+    loss.backward()
+    packed = {k: p.grad.clone() for k, p in model.named_parameters()}
+    model.zero_grad()
+
+    order = sum(rows, [])
+    sequences = [(examples[i][0], examples[i][k]) for i in order for k in (1, 2)]
+    width = max(len(p) + len(r) for p, r in sequences)
+    ids, labels, real = torch.zeros(len(sequences), width, dtype=torch.long), torch.full((len(sequences), width), -100), torch.zeros(len(sequences), width)
+    for n, (p, r) in enumerate(sequences):
+        ids[n, :len(p + r)], labels[n, len(p):len(p + r)], real[n, :len(p + r)] = torch.tensor(p + r), torch.tensor(r), 1
+    logits, ref_logits = model(ids, attention_mask=real).logits, ref(ids, attention_mask=real).logits
+    losses, expected = tdpo.tdpo_loss(logits, ref_logits, labels, torch.arange(0, len(ids), 2), torch.arange(1, len(ids), 2), BETA, ALPHA)
+    losses.mean().backward()
+    for key in tdpo.STATS:
+        assert torch.allclose(stats[key], expected[key], atol=2e-6), key
+    for key, p in model.named_parameters():
+        assert torch.allclose(packed[key], p.grad, atol=2e-6), key
+
+
+def test_models_that_packed_rows_cannot_serve_are_refused():
+    examples = examples_of()
+    for name in CONFIGS:
+        train.check_model(tiny(name), name, examples)
+    mistral = lambda window: AutoModelForCausalLM.from_config(MistralConfig(**SIZES, intermediate_size=48, num_key_value_heads=2, sliding_window=window)).eval()
+    train.check_model(mistral(32), "wide window", examples)
+    with pytest.raises(SystemExit, match="narrow window.*cannot be trained exactly"):
+        train.check_model(mistral(3), "narrow window", examples)
+    from transformers import CohereConfig, Gemma2Config, MambaConfig
+    for config in (CohereConfig(**SIZES, intermediate_size=48, logit_scale=0.5), MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=1),
+                   Gemma2Config(**SIZES, intermediate_size=48, num_key_value_heads=2, head_dim=8, final_logit_softcapping=1.0)):
+        with pytest.raises(SystemExit, match="cannot be trained exactly"):
+            train.check_model(AutoModelForCausalLM.from_config(config).eval(), config.model_type, examples)
+
+
+def test_an_output_bias_is_honoured():
+    from transformers import PhiConfig
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(PhiConfig(**SIZES, intermediate_size=48)).eval()
+    torch.nn.init.normal_(model.lm_head.bias)
+    train.check_model(model, "phi", examples_of())
+
+
+def test_pack_is_within_bounds_and_a_step_takes_each_pair_once_an_epoch():
+    lengths = np.random.default_rng(0).integers(1, 100, 300).tolist()
+    rows = train.pack(lengths, 128)
+    assert sorted(sum(rows, [])) == list(range(300)) and max(sum(lengths[i] for i in row) for row in rows) <= 128
+    assert len(rows) <= 1.05 * sum(lengths) / 128 + 1
+    seen = sum((train.step_indices(s, 8, 20, 3) for s in range(5)), [])
+    assert sorted(seen[:20]) == sorted(seen[20:]) == list(range(20)) and seen[:20] != seen[20:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# text to tokens
+
+
+@pytest.fixture(scope="session")
+def words():
+    return eval_imdb.scratch_model(0)[1]
+
+
+def test_tokenize_truncates_as_dpo_does(words):
+    pairs = [("x", "the plot was dull and the music", " was weak .", " felt fresh and warm and clever ."), ("y", "i saw", " this film .", " this film . loved")]
+    (p, w, l), (p2, w2, l2) = sample.tokenize(pairs, words, 100, 50, "left")[0]
+    assert words.decode(p) == pairs[0][1] and w[-1] == l[-1] == words.eos_token_id and len(l) == 8
+    examples, kept, truncated = sample.tokenize(pairs, words, 6, 3, "left")
+    assert truncated == 2 and words.decode(examples[0][0]) == "and the music" and len(examples[0][2]) == 3
+    assert words.decode(sample.tokenize(pairs, words, 6, 3, "right")[0][0][0]) == "the plot was"
+    assert kept == [0, 1] and sample.tokenize(pairs, words, 5, 2, "left")[1] == [0]          # "this film ." twice is no pair
+    assert sample.tokenize_texts(["the plot was dull", "the"], words, 3) == [(words("the")["input_ids"], words("plot was")["input_ids"], []), (words("the")["input_ids"], [0], [])]
+
+
+def test_render_takes_strings_messages_and_transcripts(words):
+    assert sample.render(dict(prompt="a", chosen=" b", rejected=" c"), words) == ("a", " b", " c")
+    hh = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: how?\n\nAssistant:"
+    assert sample.render(dict(chosen=hh + " well", rejected=hh + " badly"), words) == (hh, " well", " badly")
+    words.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    user, good, bad = dict(role="user", content="q"), dict(role="assistant", content="good"), dict(role="assistant", content="bad")
+    expected = ("<user>q<eos>\n<assistant>", "good", "bad")
+    assert sample.render(dict(prompt=[user], chosen=[good], rejected=[bad]), words) == expected
+    assert sample.render(dict(prompt="ignored", chosen=[user, good], rejected=[user, bad]), words) == expected
+    words.chat_template = None
+
+
+def test_generation_is_seeded_stops_at_eos_and_measures_what_it_says():
+    model, words = eval_imdb.scratch_model(0)
+    prompts = [words("the plot")["input_ids"], words("i saw this film")["input_ids"]]
+    a, b, c = (sample.generate(model, words, prompts, 12, 3, seed=s) for s in (1, 1, 2))
+    assert a == b != c and [len(x) for x in a] == [3, 3] and all(0 not in r[:-1] and len(r) <= 12 for x in a for r in x)
+    other = eval_imdb.scratch_model(1)[0]
+    stats = sample.response_stats(model, other, prompts, [a[0][0], a[1][0]])
+    for i, response in enumerate((a[0][0], a[1][0])):
+        ids = torch.tensor([prompts[i] + response])
+        n = len(response)
+        logp, logq = (m(ids).logits[0, -n - 1:-1].double().log_softmax(-1) for m in (model, other))
+        assert stats["entropy"][i] == pytest.approx(-(logp.exp() * logp).sum(-1).mean().item(), rel=1e-4)
+        assert stats["surprisal"][i] == pytest.approx(-logp[range(n), response].mean().item(), rel=1e-4)
+        assert stats["kl"][i] == pytest.approx((logq.exp() * (logq - logp)).sum().item(), rel=1e-3)
+        assert stats["reverse_kl"][i] == pytest.approx((logp.exp() * (logp - logq)).sum().item(), rel=1e-3)
+
+
+def test_exact_reward():
+    assert eval_imdb.exact_reward(["a dull film", "superb and warm but weak", "a film"]) == [-1.0, pytest.approx(1 / 3), 0.0]
