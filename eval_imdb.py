@@ -151,7 +151,7 @@ def response_text(tokenizer, prompt, response):
     return tokenizer.decode(prompt + response, skip_special_tokens=True)[len(start):]
 
 
-def build_pairs(run, model, tokenizer, folder):
+def build_pairs(run, model, tokenizer, folder, dtype="float32"):
     """The preference pairs of a sentiment run as a .jsonl in folder (prompt, chosen, rejected, chosen_score, rejected_score).
 
     `completions` samples of the SFT model for each training prefix; every two of them make a pair, the higher reward is chosen;
@@ -168,7 +168,8 @@ def build_pairs(run, model, tokenizer, folder):
         return path
     prefixes = task_prefixes(run, tokenizer)["train"]
     print(f"pairs: sampling {run['completions']} completions for each of {len(prefixes)} prefixes, reward {run['reward']}", flush=True)
-    samples = complete(model, tokenizer, prefixes, run["max_new_tokens"], run["completions"], run["seed"])
+    with autocast(model.device, dtype):
+        samples = complete(model, tokenizer, prefixes, run["max_new_tokens"], run["completions"], run["seed"])
     scores = load_reward(run["reward"], model.device)([prefixes[i] + text for i, _, _, text in samples])
     rows, tried = [], 0
     for i, group in itertools.groupby(zip(samples, scores), key=lambda x: x[0][0]):

@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 
+import numpy as np
 import torch
 import transformers
 from tqdm import tqdm
@@ -189,6 +190,67 @@ def tokenize_texts(texts, tokenizer, max_length):
 
 
 # -----------------------------------------------------------------------------
+# rows: several whole pairs in one row, each as [prompt | chosen | rejected], its prompt once
+
+
+def pack(lengths, row_length):
+    """Rows (lists of indices) whose lengths sum to at most row_length: first fit, longest first."""
+    rows, free = [], []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        r = next((r for r, space in enumerate(free) if space >= lengths[i]), len(rows))
+        if r == len(rows):
+            rows.append([])
+            free.append(row_length)
+        rows[r].append(i)
+        free[r] -= lengths[i]
+    return rows
+
+
+def collate(examples, rows, row_length):
+    """Tensors of packed rows: ids, position, doc (pair of a token, -1 in padding) and part (0 prompt, 1 chosen, 2 rejected), each
+    (rows, row_length); and for the N response tokens source (index of the token that predicts it), labels, pair and chosen."""
+    ids, position, part = (np.zeros((len(rows), row_length), dtype=np.int64) for _ in range(3))
+    doc = np.full_like(ids, -1)
+    source, labels, pair, chosen = [], [], [], []
+    count = 0
+    for r, row in enumerate(rows):
+        at = 0
+        for i in row:
+            prompt = examples[i][0]
+            last = r * row_length + at + len(prompt) - 1                # predicts the first token of either response
+            for k, tokens in enumerate(examples[i]):
+                end = at + len(tokens)
+                ids[r, at:end], doc[r, at:end], part[r, at:end] = tokens, count, k
+                position[r, at:end] = np.arange(len(tokens)) + (len(prompt) if k else 0)
+                if k and tokens:
+                    source += [last, *range(r * row_length + at, r * row_length + end - 1)]
+                    labels += tokens
+                    pair += [count] * len(tokens)
+                    chosen += [k == 1] * len(tokens)
+                at = end
+            count += 1
+    batch = dict(ids=ids, position=position, doc=doc, part=part, source=np.array(source), labels=np.array(labels), pair=np.array(pair), chosen=np.array(chosen))
+    return {name: torch.from_numpy(x) for name, x in batch.items()}
+
+
+def attention_mask(doc, part):
+    """(rows, 1, L, L) bool: a token sees itself and what is before it in its own pair: the prompt and its own response."""
+    causal = torch.ones(doc.shape[1], doc.shape[1], dtype=torch.bool, device=doc.device).tril()
+    same_pair = doc[:, :, None] == doc[:, None, :]
+    visible = (part[:, None, :] == 0) | (part[:, :, None] == part[:, None, :])
+    return (causal & same_pair & visible)[:, None]
+
+
+def response_states(body, model, batch):
+    """Hidden states (N, d) that predict the response tokens, and the output layer (V, d); a bias is one more column of each."""
+    out = body(input_ids=batch["ids"], attention_mask=attention_mask(batch["doc"], batch["part"]), position_ids=batch["position"], use_cache=False)
+    hidden, layer = out.last_hidden_state.flatten(0, 1)[batch["source"]], model.get_output_embeddings()
+    if getattr(layer, "bias", None) is None:
+        return hidden, layer.weight
+    return torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1), torch.cat([layer.weight, layer.bias[:, None]], 1)
+
+
+# -----------------------------------------------------------------------------
 # models: load, save, sample, measure
 
 
@@ -251,6 +313,30 @@ def load_state(folder):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+@torch.no_grad()
+def check_model(model, name, examples):
+    """Ends the program unless packed rows and output layer give the logits that the model itself gives for separate sequences.
+
+    That catches whatever this file does not know: scaled or softcapped logits, attention that ignores a mask, sliding windows shorter
+    than these examples, recurrent layers.
+    """
+    length = sum(len(part) for e in examples for part in e)
+    batch = {k: v.to(model.device) for k, v in collate(examples, [list(range(len(examples)))], length).items()}
+    try:
+        hidden, weight = response_states(model.base_model, model, batch)
+        n = 0
+        for example in examples:
+            for response in filter(None, example[1:]):
+                n += len(response)
+                expected = model(torch.tensor([example[0] + response[:-1]], device=model.device), use_cache=False).logits[0, -1].float()
+                gap = (hidden[n - 1].float() @ weight.T.float() - expected).abs().max() / expected.std().clamp(min=1e-6)
+                if not gap < 1e-2:
+                    raise ValueError(f"packed rows give other logits than separate sequences (off by {gap:.1g} standard deviations)")
+    except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
+        sys.exit(f"error: {name} ({type(model).__name__}) cannot be trained exactly here: {error}. Scaled or softcapped logits, recurrent layers and "
+                 "windows shorter than max_length are not supported")
+
+
 def autocast(device, dtype):
     """bf16 autocast where dtype says so, else nothing."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
@@ -260,16 +346,15 @@ def autocast(device, dtype):
 def generate(model, tokenizer, prompts, max_new_tokens, num_samples=1, temperature=1.0, top_p=1.0, seed=0):
     """num_samples responses to each prompt (a list of token ids): lists of token ids, EOS included where it was drawn.
 
-    Same seed, same responses; the caller's random state is untouched. Prompts of like length share a batch.
+    A response ends at the model's last position at the latest. Same seed, same responses; the caller's random state is untouched.
     """
     stop = model.generation_config.eos_token_id
     stop = {tokenizer.eos_token_id, *(stop if isinstance(stop, list) else [stop])} - {None}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    config = GenerationConfig(do_sample=True, temperature=temperature, top_p=top_p, top_k=0, max_new_tokens=max_new_tokens,
-                              pad_token_id=pad, eos_token_id=sorted(stop))
+    config = GenerationConfig(do_sample=True, temperature=temperature, top_p=top_p, top_k=0, pad_token_id=pad, eos_token_id=sorted(stop))
     positions = getattr(model.config, "max_position_embeddings", None) or 1 << 30
-    if too_long := [p for p in prompts if len(p) + max_new_tokens > positions]:
-        sys.exit(f"error: a prompt of {len(too_long[0])} tokens and {max_new_tokens} new ones exceed the model's {positions} positions")
+    if (longest := max(map(len, prompts))) >= positions:
+        sys.exit(f"error: a prompt of {longest} tokens leaves no room for a response within the model's {positions} positions; shorten it")
     order = sorted((len(p), i) for i, p in enumerate(prompts) for _ in range(num_samples))
     responses = [[] for _ in prompts]
     with torch.random.fork_rng(), tqdm(total=len(order), desc="sampling", leave=False, disable=None) as bar:
@@ -280,6 +365,7 @@ def generate(model, tokenizer, prompts, max_new_tokens, num_samples=1, temperatu
             width = batch[-1][0]
             ids = torch.tensor([[pad] * (width - n) + prompts[i] for n, i in batch], device=model.device)
             mask = torch.tensor([[0] * (width - n) + [1] * n for n, _ in batch], device=model.device)
+            config.max_new_tokens = min(max_new_tokens, positions - width)
             out = model.generate(ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
             for (_, i), new in zip(batch, out):
                 end = next((t for t, token in enumerate(new) if token in stop), len(new))
@@ -363,7 +449,7 @@ if __name__ == "__main__":
     else:
         texts = read_prompts(args.prompts or run.get("eval_data") or run["data"], tokenizer)
     texts = texts[:args.num_prompts or None]
-    new_tokens = args.max_new_tokens or (run["max_new_tokens"] if task else 128)
+    new_tokens = args.max_new_tokens or (run["max_new_tokens"] if run.get("data") in eval_imdb.TASKS else 128)
 
     prompts = [encode_prompt(tokenizer, text) for text in texts]
     rows, table = [], []

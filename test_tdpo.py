@@ -12,7 +12,6 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPTNeoXConfig, LlamaConfig, MistralConfig, Qwen3Config
 
 import eval_imdb
@@ -299,10 +298,10 @@ def examples_of(seed=0, n=5, V=61):
 def test_packed_rows_equal_separate_sequences(name):
     """Loss and the gradient of every parameter: packed rows and the fused loss against padded rows and the unfused loss."""
     model, ref, examples = tiny(name), tiny(name, 1), examples_of()
-    rows = train.pack([sum(map(len, e)) for e in examples], 40)
+    rows = sample.pack([sum(map(len, e)) for e in examples], 40)
     assert sorted(sum(rows, [])) == [0, 1, 2, 3, 4] and max(map(len, rows)) > 1
-    batch = train.collate(examples, rows, 40)
-    states = [train.response_states(m.base_model, m, batch) for m in (model, ref)]
+    batch = sample.collate(examples, rows, 40)
+    states = [sample.response_states(m.base_model, m, batch) for m in (model, ref)]
     loss, stats = tdpo.fused_tdpo_loss(*states[0], *(x.detach() for x in states[1]), batch["labels"], batch["pair"], batch["chosen"], BETA, ALPHA)
     loss.backward()
     packed = {k: p.grad.clone() for k, p in model.named_parameters()}
@@ -326,16 +325,16 @@ def test_packed_rows_equal_separate_sequences(name):
 def test_models_that_packed_rows_cannot_serve_are_refused():
     examples = examples_of()
     for name in CONFIGS:
-        train.check_model(tiny(name), name, examples)
+        sample.check_model(tiny(name), name, examples)
     mistral = lambda window: AutoModelForCausalLM.from_config(MistralConfig(**SIZES, intermediate_size=48, num_key_value_heads=2, sliding_window=window)).eval()
-    train.check_model(mistral(32), "wide window", examples)
+    sample.check_model(mistral(32), "wide window", examples)
     with pytest.raises(SystemExit, match="narrow window.*cannot be trained exactly"):
-        train.check_model(mistral(3), "narrow window", examples)
+        sample.check_model(mistral(3), "narrow window", examples)
     from transformers import CohereConfig, Gemma2Config, MambaConfig
     for config in (CohereConfig(**SIZES, intermediate_size=48, logit_scale=0.5), MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=1),
                    Gemma2Config(**SIZES, intermediate_size=48, num_key_value_heads=2, head_dim=8, final_logit_softcapping=1.0)):
         with pytest.raises(SystemExit, match="cannot be trained exactly"):
-            train.check_model(AutoModelForCausalLM.from_config(config).eval(), config.model_type, examples)
+            sample.check_model(AutoModelForCausalLM.from_config(config).eval(), config.model_type, examples)
 
 
 def test_an_output_bias_is_honoured():
@@ -343,12 +342,12 @@ def test_an_output_bias_is_honoured():
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(PhiConfig(**SIZES, intermediate_size=48)).eval()
     torch.nn.init.normal_(model.lm_head.bias)
-    train.check_model(model, "phi", examples_of())
+    sample.check_model(model, "phi", examples_of())
 
 
 def test_pack_is_within_bounds_and_a_step_takes_each_pair_once_an_epoch():
     lengths = np.random.default_rng(0).integers(1, 100, 300).tolist()
-    rows = train.pack(lengths, 128)
+    rows = sample.pack(lengths, 128)
     assert sorted(sum(rows, [])) == list(range(300)) and max(sum(lengths[i] for i in row) for row in rows) <= 128
     assert len(rows) <= 1.05 * sum(lengths) / 128 + 1
     seen = sum((train.step_indices(s, 8, 20, 3) for s in range(5)), [])
@@ -406,3 +405,267 @@ def test_generation_is_seeded_stops_at_eos_and_measures_what_it_says():
 
 def test_exact_reward():
     assert eval_imdb.exact_reward(["a dull film", "superb and warm but weak", "a film"]) == [-1.0, pytest.approx(1 / 3), 0.0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the scripts, run as users do
+
+
+def script(name, *args, fresh=False):
+    """Run a script: (exit code, output). In this process unless fresh, which saves the imports."""
+    path = os.path.join(HERE, name)
+    if fresh:
+        done = subprocess.run([sys.executable, path, *args], capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+    import contextlib
+    import io
+    out, code, argv = io.StringIO(), 0, sys.argv
+    sys.argv = [path, *args]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            runpy.run_path(path, run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        out.write(stop.code if isinstance(stop.code, str) else "")
+    finally:
+        sys.argv = argv
+    return code, out.getvalue()
+
+
+def log_of(folder):
+    return [json.loads(line) for line in open(os.path.join(folder, "log.jsonl"))]
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """An SFT model, a TDPO2 run of the sentiment task on it, a file of pairs; made with the scripts, as subprocesses."""
+    folder = tmp_path_factory.mktemp("runs")
+    sft, tdpo2, pairs = str(folder / "sft"), str(folder / "tdpo2"), str(folder / "pairs.jsonl")
+    code, out = script("train.py", "--method=sft", f"--out_dir={sft}", "--max_steps=40", "--eval_pairs=64", "--log_interval=20", fresh=True)
+    assert code == 0, out
+    code, out = script("train.py", f"--init_from={sft}", f"--out_dir={tdpo2}", "--max_steps=8", "--train_prefixes=48", "--eval_prefixes=24", "--eval_interval=4", fresh=True)
+    assert code == 0, out
+    rng = __import__("random").Random(0)
+    with open(pairs, "w") as f:
+        for _ in range(60):
+            a, b = (eval_imdb.write_review(rng).split() for _ in range(2))
+            f.write(json.dumps(dict(prompt=" ".join(a[:4]), chosen=" " + " ".join(a[4:24]), rejected=" " + " ".join(b[4:30]))) + "\n")
+    return dict(sft=sft, tdpo2=tdpo2, pairs=pairs, output=out, folder=str(folder))
+
+
+def train_on_pairs(runs, out_dir, *args):
+    out_dir = os.path.join(runs["folder"], out_dir)
+    code, out = script("train.py", f"--data={runs['pairs']}", f"--init_from={runs['sft']}", "--max_length=64", "--max_prompt_length=16", "--batch_size=8", "--warmup_steps=3",
+                       "--learning_rate=1e-4", "--save_interval=0", f"--out_dir={out_dir}", *args)
+    assert code == 0, out
+    return out_dir
+
+
+def test_the_sentiment_task_end_to_end(runs):
+    log = log_of(runs["tdpo2"])
+    first, steps = log[0], [x for x in log if "loss" in x]
+    assert first["step"] == 0 and first["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["eval_kl_w"] == first["eval_kl_l"] == first["eval_sample_kl"] == 0 and first["eval_n"] == 24
+    assert [x["step"] for x in steps] == list(range(1, 9))
+    for name in ("loss acc acc_loss margin logratio_w logratio_l kl_w kl_l kl_gap rkl_w rkl_l rkl_gap").split():
+        assert all(math.isfinite(x[name]) for x in steps) and math.isfinite(first["eval_" + name])
+    for name in "epoch lr grad_norm pairs_per_s tokens_per_s peak_gib".split():
+        assert all(x[name] > 0 for x in steps)
+    for name in ("reward", "sample_kl", "sample_rkl", "entropy"):
+        assert math.isfinite(log[-1]["eval_" + name]) and log[-1]["eval_" + name + "_se"] > 0
+    assert log[-1]["step"] == 8 and log[-1]["eval_kl_l"] > 0
+    assert runs["output"].rstrip().splitlines()[-1] == f"saved {runs['tdpo2']} | next: python sample.py --model={runs['tdpo2']}"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(runs["tdpo2"]), AutoTokenizer.from_pretrained(runs["tdpo2"])
+    assert tokenizer.decode(model.generate(**tokenizer("the plot", return_tensors="pt"), max_new_tokens=4)[0]).startswith("the plot ")
+
+
+def test_pairs_are_kept_labelled_and_reused(runs):
+    (path,) = [os.path.join(runs["folder"], x) for x in os.listdir(runs["folder"]) if x.startswith("reviews-pairs-")]
+    rows = [json.loads(line) for line in open(path)]
+    assert len(rows) > 20 and all(list(r) == ["prompt", "chosen", "rejected", "chosen_score", "rejected_score"] for r in rows)
+    assert all(r["chosen_score"] - r["rejected_score"] > 0.1 for r in rows) and all(2 <= len(r["prompt"].split()) <= 8 for r in rows)
+    for side in ("chosen", "rejected"):
+        assert [r[side + "_score"] for r in rows] == eval_imdb.exact_reward([r["prompt"] + r[side] for r in rows])
+    common = [f"--init_from={runs['sft']}", "--method=dpo", "--max_steps=1", "--train_prefixes=48", "--eval_prefixes=2"]
+    assert f"reusing {path}" in script("train.py", *common, f"--out_dir={runs['folder']}/dpo")[1]
+    assert "pairs: sampling" in script("train.py", *common, "--seed=2", f"--out_dir={runs['folder']}/dpo2")[1]
+
+
+def test_sample_and_eval_scripts(runs):
+    code, out = script("sample.py", f"--model={runs['tdpo2']}", "--num_prompts=2", "--num_samples=2", fresh=True)
+    assert code == 0 and re.search(r"reference \| n 4 \| entropy", out) and re.search(r"policy    \| n 4 \| .*reward .*kl", out), out
+    rows = [json.loads(line) for line in open(os.path.join(runs["tdpo2"], "samples.jsonl"))]
+    assert [r["model"] for r in rows] == ["reference"] * 4 + ["policy"] * 4 and all(r["score"] is not None for r in rows)
+    code, out = script("sample.py", f"--model={runs['sft']}", "--prompt=the plot was", f"--out={runs['folder']}/one.jsonl")
+    assert code == 0 and len(open(f"{runs['folder']}/one.jsonl").readlines()) == 1, out
+    code, out = script("sample.py", f"--model={runs['sft']}", f"--prompts={runs['pairs']}", f"--out={runs['folder']}/more.jsonl")
+    assert code == 0 and len(open(f"{runs['folder']}/more.jsonl").readlines()) == 8
+    code, out = script("eval_imdb.py", f"--runs={runs['tdpo2']}", "--eval_prefixes=16", f"--out={runs['folder']}/frontier", fresh=True)
+    assert code == 0 and "| reference |" in out and "| tdpo2 α=0.5 |" in out, out
+    reference, run = json.load(open(f"{runs['folder']}/frontier.json"))
+    assert reference["sample_kl"] == 0 < run["sample_kl"] and run["step"] == 8 and run["n"] == 16
+
+
+def test_resume_continues_bit_for_bit(runs):
+    whole, parts = train_on_pairs(runs, "whole", "--max_steps=20", "--eval_interval=5"), train_on_pairs(runs, "parts", "--max_steps=10", "--eval_interval=5")
+    code, out = script("train.py", "--resume=True", f"--out_dir={parts}", "--max_steps=20")
+    assert code == 0, out
+    assert open(whole + "/model.safetensors", "rb").read() == open(parts + "/model.safetensors", "rb").read()
+    a, b = (sample.load_state(x) for x in (whole, parts))
+    assert a["step"] == b["step"] == 20 and all(torch.equal(x["square_avg"], b["optimizer"]["state"][k]["square_avg"]) for k, x in a["optimizer"]["state"].items())
+    timing = ("pairs_per_s", "tokens_per_s", "peak_gib")
+    assert [{k: v for k, v in x.items() if k not in timing} for x in log_of(whole)] == [{k: v for k, v in x.items() if k not in timing} for x in log_of(parts)]
+
+
+def test_micro_batches_change_no_number(runs):
+    a, b = (log_of(train_on_pairs(runs, f"micro{n}", "--max_steps=3", f"--micro_tokens={n}")) for n in (1, 100000))
+    assert len(a) == len(b)
+    for x, y in zip(a, b):
+        for name in set(x) - {"pairs_per_s", "tokens_per_s", "peak_gib"}:
+            assert x[name] == pytest.approx(y[name], rel=2e-4, abs=2e-6), name
+
+
+def test_every_method_trains_and_an_interrupted_save_leaves_the_last_one(runs, monkeypatch):
+    for method in train.METHODS:
+        folder = train_on_pairs(runs, "only-" + method, f"--method={method}", "--max_steps=6")
+        losses = [x["eval_loss"] for x in log_of(folder) if "eval_loss" in x]
+        assert losses[-1] < losses[0], method
+    before = open(folder + "/model.safetensors", "rb").read()
+    model, tokenizer = sample.load_model(folder)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    for stage in ("save", "replace"):                    # torch.save of the state; then the moves, after the state has been moved
+        moves, real = [], os.replace
+
+        def fail(*args, **kwargs):
+            moves.append(args)
+            if stage == "save" or len(moves) == 2:
+                raise KeyboardInterrupt
+            return real(*args, **kwargs)
+        with monkeypatch.context() as m:
+            m.setattr(*((torch, "save") if stage == "save" else (os, "replace")), fail)
+            with pytest.raises(KeyboardInterrupt):
+                sample.save(folder, model, tokenizer, torch.optim.RMSprop(model.parameters()), 99)
+        assert open(folder + "/model.safetensors", "rb").read() == before and sample.load_state(folder)["step"] == 6
+
+
+def test_all_file_formats_hold_the_same_pairs(runs, words, tmp_path):
+    import datasets
+    rows = [json.loads(line) for line in open(runs["pairs"])]
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(tmp_path / "p.parquet"), table.to_csv(tmp_path / "p.csv"), json.dump(rows, open(tmp_path / "p.json", "w"))
+    expected = [p[1:] for p in sample.read_pairs(runs["pairs"], words)]
+    for kind in ("parquet", "csv", "json"):
+        assert [p[1:] for p in sample.read_pairs(str(tmp_path / f"p.{kind}"), words)] == expected, kind
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bad input: one or two sentences, a non-zero exit, nothing written
+
+
+OPTIONS = [     # (options, what the message says); exit code 2, before anything heavy is imported
+    ("--methd=dpo", "unknown option --methd.*did you mean --method"), ("--method=tpdo2", "sft, dpo, fdpo, tdpo1, tdpo2; did you mean tdpo2"),
+    ("--data=imbd", "imdb.*did you mean imdb"), ("--data=no.jsonl --init_from=x", "no.jsonl: no such file"), ("--device=gpu", "auto, cuda, mps, cpu"),
+    ("--method=dpo --alpha=0.5", "--alpha would be ignored.*tdpo2"), ("--alpha=-1", "--alpha=-1.0: it must be at least 0"), ("--beta=0", "--beta=0.0.*greater than 0"),
+    ("--beta=nan", "--beta=nan: expected a number"), ("--batch_size=0", "at least 1"), ("--batch_size=1.5", "a whole number"), ("--resume=maybe", "True or False"),
+    ("--max_length=8 --max_prompt_length=8", "leaves no room"), ("--truncation=middle", "left, right"), ("--optimizer=adam", "rmsprop, adamw"),
+    ("--data=a/b", "needs a model"), ("--method=sft --reward=exact", "--reward would be ignored"), ("--data=a/b --init_from=scratch", "scratch is the tiny"),
+    ("--resume=True --out_dir=nowhere", "nowhere holds no run"), ("--wandb_log=True", "pip install wandb"),
+]
+
+
+@pytest.mark.parametrize("options, message", OPTIONS)
+def test_option_errors(options, message, capsys):
+    if "wandb" in options and __import__("importlib.util").util.find_spec("wandb"):
+        pytest.skip("wandb is installed")
+    with pytest.raises(SystemExit) as stop:
+        train.configure(options.split())
+    assert stop.value.code == 2 and re.search(message, capsys.readouterr().err)
+
+
+def test_option_errors_come_together_and_before_heavy_imports():
+    code = "import sys; sys.argv = ['train.py', '--alpha=-1', '--methd=x', '--beta=x']\nimport runpy\ntry: runpy.run_path('train.py', run_name='__main__')\n" \
+           "except SystemExit as e: print(e.code, 'torch' in sys.modules, 'numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
+    assert done.stdout.split() == ["2", "False", "False"] and done.stderr.count("error:") == 3
+    done = subprocess.run([sys.executable, "train.py", "--help"], capture_output=True, text=True, cwd=HERE)
+    names = "method alpha beta data eval_data texts reward init_from ref_from out_dir resume overwrite max_steps batch_size learning_rate warmup_steps optimizer grad_clip max_length " \
+            "max_prompt_length truncation completions min_score_gap eval_interval log_interval save_interval seed device dtype compile strict wandb_log"
+    assert done.returncode == 0 and all(f"--{name} " in done.stdout for name in names.split())
+
+
+GOOD = '{"prompt": "the plot", "chosen": " was warm", "rejected": " was dull"}'
+FILES = [       # (content of pairs.jsonl, further options, what the message says)
+    ("", "", "pairs.jsonl is empty"), ("\n\n", "", "has no rows"), (GOOD + "\n{broken", "", "line 2 is broken JSON"), ("[1]", "", "line 1 is not a JSON object"),
+    ('{"prompt": "a", "chosen": "b"}', "", "line 1 has no 'rejected'; its columns are prompt, chosen"), ('{"chosen": "b", "rejected": "c"}', "", "has no 'prompt'"),
+    (GOOD + "\n" + GOOD.replace(" was dull", ""), "", "line 2 has an empty 'rejected'"), (GOOD.replace("dull", "warm"), "", "line 1 has identical responses"),
+    (GOOD.replace('" was dull"', "3"), "", "int in 'rejected' where text belongs"), (GOOD.replace("dull", "\\ud800"), "", "half a surrogate pair"),
+    (b'{"prompt": "a", "chosen": "\xff", "rejected": "c"}', "", "line 1 is not UTF-8 text"), (GOOD + "\n" + GOOD.replace("plot", "music"), "--max_length=2 --max_prompt_length=1", "no two responses differ"),
+    (GOOD.replace('"the plot"', '[{"role": "user", "content": "x"}]').replace('" was warm"', '[{"role": "assistant", "content": "x"}]').replace('" was dull"', '[{"role": "assistant", "content": "y"}]'),
+     "", "no chat template"),
+    (GOOD, "--max_length=500", "--max_length=500 is more than the 128 positions"), (GOOD, "--init_from=nobody/nothing --max_length=64", "hub could not be reached.*scratch"),
+    (GOOD, "--init_from=./nothing", "nothing: no such directory"), (GOOD, "--init_from=NO_WEIGHTS", "no weights"), (GOOD, "--init_from=NO_TOKENIZER", "no a? ?tokenizer"),
+    (GOOD, "--init_from=TRUNCATED", "cannot load"), (GOOD, "--ref_from=OTHER_VOCABULARY", "another vocabulary"), (GOOD, "--eval_data=nobody/nothing", "cannot read nobody/nothing.*Without a network"),
+    ("\n".join([GOOD] * 300 + ["{"]), "--strict=True", "line 301 is broken JSON.*1 of 301"),
+]
+
+
+@pytest.fixture(scope="session")
+def broken_models(runs):
+    import shutil
+    found = {}
+    for name, drop in (("NO_WEIGHTS", "model.safetensors"), ("NO_TOKENIZER", "tokenizer"), ("TRUNCATED", None), ("OTHER_VOCABULARY", None)):
+        found[name] = os.path.join(runs["folder"], name)
+        shutil.copytree(runs["sft"], found[name])
+        for file in os.listdir(found[name]):
+            if drop and file.startswith(drop):
+                os.remove(os.path.join(found[name], file))
+    weights = found["TRUNCATED"] + "/model.safetensors"
+    os.truncate(weights, os.path.getsize(weights) // 2)
+    tiny("gpt2").save_pretrained(found["OTHER_VOCABULARY"])
+    return found
+
+
+@pytest.mark.parametrize("content, options, message", FILES)
+def test_bad_files_and_models(runs, broken_models, tmp_path, content, options, message):
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for name, folder in broken_models.items():
+        options = options.replace(name, folder)
+    base = [f"--data={path}", f"--out_dir={tmp_path}/out"] + [o for o in (f"--init_from={runs['sft']}", "--max_length=64", "--max_prompt_length=16") if o.split("=")[0] not in options]
+    code, out = script("train.py", *base, *options.split())
+    last = out.strip().splitlines()[-1]
+    assert code == 1 and last.startswith("error: ") and re.search(message, last), out
+    assert "Traceback" not in out and len(re.findall(r"[.;] [A-Z]", last)) <= 3 and not os.path.exists(tmp_path / "out")
+
+
+def test_single_bad_rows_are_counted(runs, words, tmp_path, capsys):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join([GOOD] * 300 + ["{"] + [GOOD] * 10))
+    assert len(sample.read_pairs(str(path), words)) == 310
+    assert re.search(r"left out 1 bad rows of 311 .*line 301 is broken JSON", capsys.readouterr().out)
+
+
+def test_a_run_is_not_overwritten_and_a_non_finite_loss_stops(runs):
+    before = {f: os.path.getmtime(os.path.join(runs["tdpo2"], f)) for f in os.listdir(runs["tdpo2"])}
+    code, out = script("train.py", f"--data={runs['pairs']}", f"--init_from={runs['sft']}", f"--out_dir={runs['tdpo2']}")
+    assert code == 2 and "holds another run" in out and "--overwrite=True" in out
+    code, out = script("train.py", f"--init_from={runs['sft']}", f"--out_dir={runs['sft']}", "--overwrite=True")
+    assert code == 2 and "is a model that the run starts from" in out
+    assert before == {f: os.path.getmtime(os.path.join(runs["tdpo2"], f)) for f in os.listdir(runs["tdpo2"])}
+    code, out = script("train.py", f"--data={runs['pairs']}", f"--init_from={runs['sft']}", "--max_length=64", "--max_prompt_length=16", "--learning_rate=1e30", "--max_steps=5",
+                       "--warmup_steps=0", "--batch_size=4", f"--out_dir={runs['folder']}/nan")
+    assert code == 1 and re.search(r"error: the loss \(nan\) .* of step 2 is not finite; pairs: \S+pairs.jsonl line \d+", out), out
+    assert not os.path.exists(f"{runs['folder']}/nan/model.safetensors")
+    code, out = script("sample.py", f"--model={runs['sft']}", "--prompt=" + "the " * 200)
+    assert code == 1 and "a prompt of 200 tokens leaves no room" in out
+
+
+def test_readme_names_options_that_exist():
+    readme = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
+    source = "".join(open(os.path.join(HERE, f), encoding="utf-8").read() for f in ("sample.py", "eval_imdb.py", "test_tdpo.py"))
+    known = set(train.configure(["--out_dir=out/x"])) | set(re.findall(r'add_argument\("--(\w+)"', source)) | {"help", "nproc_per_node"}
+    named = set(re.findall(r"--(\w+)", readme))
+    assert named <= known and len(named) > 15, named - known
+    assert len(readme.splitlines()) <= 250
+    assert len(open(os.path.join(HERE, "tdpo.py")).readlines()) < 200

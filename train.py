@@ -175,93 +175,9 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import eval_imdb
-from sample import autocast, load_model, load_state, read_pairs, save, tokenize, tokenize_texts
+from sample import (autocast, check_model, collate, load_model, load_state, pack, read_pairs, response_states, save, tokenize,
+                    tokenize_texts)
 from tdpo import fused_tdpo_loss, margin
-
-
-# -----------------------------------------------------------------------------
-# pairs as token ids, packed: several whole pairs in one row, each as [prompt | chosen | rejected], its prompt once
-
-
-def pack(lengths, row_length):
-    """Rows (lists of indices) whose lengths sum to at most row_length: first fit, longest first."""
-    rows, free = [], []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        r = next((r for r, space in enumerate(free) if space >= lengths[i]), len(rows))
-        if r == len(rows):
-            rows.append([])
-            free.append(row_length)
-        rows[r].append(i)
-        free[r] -= lengths[i]
-    return rows
-
-
-def collate(examples, rows, row_length):
-    """Tensors of packed rows: ids, position, doc (pair of a token, -1 in padding) and part (0 prompt, 1 chosen, 2 rejected), each
-    (rows, row_length); and for the N response tokens source (index of the token that predicts it), labels, pair and chosen."""
-    ids, position, part = (np.zeros((len(rows), row_length), dtype=np.int64) for _ in range(3))
-    doc = np.full_like(ids, -1)
-    source, labels, pair, chosen = [], [], [], []
-    count = 0
-    for r, row in enumerate(rows):
-        at = 0
-        for i in row:
-            prompt = examples[i][0]
-            last = r * row_length + at + len(prompt) - 1                # predicts the first token of either response
-            for k, tokens in enumerate(examples[i]):
-                end = at + len(tokens)
-                ids[r, at:end], doc[r, at:end], part[r, at:end] = tokens, count, k
-                position[r, at:end] = np.arange(len(tokens)) + (len(prompt) if k else 0)
-                if k and tokens:
-                    source += [last, *range(r * row_length + at, r * row_length + end - 1)]
-                    labels += tokens
-                    pair += [count] * len(tokens)
-                    chosen += [k == 1] * len(tokens)
-                at = end
-            count += 1
-    batch = dict(ids=ids, position=position, doc=doc, part=part, source=np.array(source), labels=np.array(labels), pair=np.array(pair), chosen=np.array(chosen))
-    return {name: torch.from_numpy(x) for name, x in batch.items()}
-
-
-def attention_mask(doc, part):
-    """(rows, 1, L, L) bool: a token sees itself and what is before it in its own pair: the prompt and its own response."""
-    causal = torch.ones(doc.shape[1], doc.shape[1], dtype=torch.bool, device=doc.device).tril()
-    same_pair = doc[:, :, None] == doc[:, None, :]
-    visible = (part[:, None, :] == 0) | (part[:, :, None] == part[:, None, :])
-    return (causal & same_pair & visible)[:, None]
-
-
-def response_states(body, model, batch):
-    """Hidden states (N, d) that predict the response tokens, and the output layer (V, d); a bias is one more column of each."""
-    out = body(input_ids=batch["ids"], attention_mask=attention_mask(batch["doc"], batch["part"]), position_ids=batch["position"], use_cache=False)
-    hidden, layer = out.last_hidden_state.flatten(0, 1)[batch["source"]], model.get_output_embeddings()
-    if getattr(layer, "bias", None) is None:
-        return hidden, layer.weight
-    return torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1), torch.cat([layer.weight, layer.bias[:, None]], 1)
-
-
-@torch.no_grad()
-def check_model(model, name, examples):
-    """Ends the program unless packed rows and output layer give the logits that the model itself gives for separate sequences.
-
-    That catches whatever this file does not know: scaled or softcapped logits, attention that ignores a mask, sliding windows shorter
-    than these examples, recurrent layers.
-    """
-    length = sum(len(part) for e in examples for part in e)
-    batch = {k: v.to(model.device) for k, v in collate(examples, [list(range(len(examples)))], length).items()}
-    try:
-        hidden, weight = response_states(model.base_model, model, batch)
-        n = 0
-        for example in examples:
-            for response in filter(None, example[1:]):
-                n += len(response)
-                expected = model(torch.tensor([example[0] + response[:-1]], device=model.device), use_cache=False).logits[0, -1].float()
-                gap = (hidden[n - 1].float() @ weight.T.float() - expected).abs().max() / expected.std().clamp(min=1e-6)
-                if not gap < 1e-2:
-                    raise ValueError(f"packed rows give other logits than separate sequences (off by {gap:.1g} standard deviations)")
-    except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
-        sys.exit(f"error: {name} ({type(model).__name__}) cannot be trained exactly here: {error}. Scaled or softcapped logits, recurrent layers and "
-                 "windows shorter than max_length are not supported")
 
 
 # -----------------------------------------------------------------------------
@@ -345,7 +261,7 @@ if __name__ == "__main__":
         texts = eval_imdb.load_texts(options)
         examples, held_out = (tokenize_texts(x, tokenizer, max_length) for x in (texts["train"], texts["test"][:eval_pairs]))
     else:
-        source = eval_imdb.build_pairs(options, model, tokenizer, os.path.dirname(out_dir)) if task else data
+        source = eval_imdb.build_pairs(options, model, tokenizer, os.path.dirname(out_dir) or ".", dtype) if task else data
         pairs = read_pairs(source, tokenizer, "train", strict)
         if eval_data or data == "hh":
             held_pairs = read_pairs(eval_data or "hh", tokenizer, "test", strict)
