@@ -6,6 +6,7 @@
 Both tasks take the same path; only texts, SFT model and reward differ (paper, Section 5.1; Rafailov et al. 2023, Appendix C.1).
 """
 import argparse
+import glob
 import hashlib
 import itertools
 import json
@@ -151,26 +152,27 @@ def response_text(tokenizer, prompt, response):
     return tokenizer.decode(prompt + response, skip_special_tokens=True)[len(start):]
 
 
-def build_pairs(run, model, tokenizer, folder, dtype="float32"):
-    """The preference pairs of a sentiment run as a .jsonl in folder (prompt, chosen, rejected, chosen_score, rejected_score).
+def build_pairs(run, model, tokenizer, prefixes, reward, dtype="float32"):
+    """The preference pairs of a sentiment run as a .jsonl beside its out_dir (prompt, chosen, rejected, chosen_score, rejected_score).
 
     `completions` samples of the SFT model for each training prefix; every two of them make a pair, the higher reward is chosen;
     pairs closer than min_score_gap are dropped. The file's name holds a hash of all that made it, so it is reused while that is
     unchanged. Returns its path.
     """
-    made_of = hashlib.sha256(json.dumps([run[k] for k in ("data", "texts", "reward", "completions", "min_score_gap", "train_prefixes",
-                                                          "max_new_tokens", "seed")]).encode())
+    folder = os.path.dirname(run["out_dir"]) or "."
+    judge = [(f, os.path.getsize(f), os.path.getmtime(f)) for f in sorted(glob.glob(os.path.join(glob.escape(run["reward"]), "*")))]
+    made_of = [prefixes, judge, *(run[k] for k in ("reward", "completions", "min_score_gap", "max_new_tokens", "seed")), dtype]
+    digest = hashlib.sha256(json.dumps(made_of).encode())
     for p in model.parameters():
-        made_of.update(p.detach().cpu().numpy())
-    path = os.path.join(folder, f"{run['data']}-pairs-{made_of.hexdigest()[:12]}.jsonl")
+        digest.update(p.detach().cpu().numpy())
+    path = os.path.join(folder, f"{run['data']}-pairs-{digest.hexdigest()[:12]}.jsonl")
     if os.path.exists(path):
         print(f"pairs: reusing {path}")
         return path
-    prefixes = task_prefixes(run, tokenizer)["train"]
     print(f"pairs: sampling {run['completions']} completions for each of {len(prefixes)} prefixes, reward {run['reward']}", flush=True)
     with autocast(model.device, dtype):
         samples = complete(model, tokenizer, prefixes, run["max_new_tokens"], run["completions"], run["seed"])
-    scores = load_reward(run["reward"], model.device)([prefixes[i] + text for i, _, _, text in samples])
+    scores = reward([prefixes[i] + text for i, _, _, text in samples])
     rows, tried = [], 0
     for i, group in itertools.groupby(zip(samples, scores), key=lambda x: x[0][0]):
         for (a, score_a), (b, score_b) in itertools.combinations(group, 2):

@@ -229,8 +229,8 @@ def collate(examples, rows, row_length):
                     chosen += [k == 1] * len(tokens)
                 at = end
             count += 1
-    batch = dict(ids=ids, position=position, doc=doc, part=part, source=np.array(source), labels=np.array(labels), pair=np.array(pair), chosen=np.array(chosen))
-    return {name: torch.from_numpy(x) for name, x in batch.items()}
+    batch = dict(ids=ids, position=position, doc=doc, part=part, source=source, labels=labels, pair=pair, chosen=chosen)
+    return {name: torch.as_tensor(x) for name, x in batch.items()}
 
 
 def attention_mask(doc, part):
@@ -296,7 +296,7 @@ def save(folder, model, tokenizer, optimizer, step):
     state = os.path.join(folder, f"training_state-{file_hash(os.path.join(new, 'model.safetensors'))}.pt")
     torch.save({"step": step, "optimizer": optimizer.state_dict()}, os.path.join(new, "state.pt"))
     os.replace(os.path.join(new, "state.pt"), state)
-    for name in os.listdir(new):
+    for name in sorted(os.listdir(new), reverse=True):      # the weights before config.json, which so says that they are there
         os.replace(os.path.join(new, name), os.path.join(folder, name))
     os.rmdir(new)
     for old in glob.glob(os.path.join(glob.escape(folder), "training_state-*.pt")):
@@ -456,16 +456,17 @@ if __name__ == "__main__":
     for name, m in (("reference", ref), ("policy", model)):
         if m is None:
             continue
-        drawn = generate(m, tokenizer, prompts, new_tokens, args.num_samples, args.temperature, args.top_p, args.seed)
-        flat = [(i, r) for i, rs in enumerate(drawn) for r in rs]
-        stats = response_stats(m, None if m is ref else ref, [prompts[i] for i, _ in flat], [r for _, r in flat])
-        replies = [tokenizer.decode(prompts[i] + r, skip_special_tokens=True)[len(tokenizer.decode(prompts[i], skip_special_tokens=True)):] for i, r in flat]
+        with autocast(args.device, "bfloat16" if args.device == "cuda" else "float32"):
+            drawn = generate(m, tokenizer, prompts, new_tokens, args.num_samples, args.temperature, args.top_p, args.seed)
+            flat = [(i, r) for i, rs in enumerate(drawn) for r in rs]
+            stats = response_stats(m, None if m is ref else ref, [prompts[i] for i, _ in flat], [r for _, r in flat])
+        replies = [eval_imdb.response_text(tokenizer, prompts[i], r) for i, r in flat]
         scores = reward([texts[i] + reply for (i, _), reply in zip(flat, replies)]) if reward else [None] * len(flat)
         rows += [dict(prompt=texts[i], model=name, response=reply, score=score, **{k: v[n] for k, v in stats.items()})
                  for n, ((i, _), reply, score) in enumerate(zip(flat, replies, scores))]
-        mean = lambda xs: sum(xs) / len(xs)
-        table.append(f"{name:9} | n {len(flat)} | entropy {mean(stats['entropy']):.4f} | surprisal {mean(stats['surprisal']):.4f} nats a token"
-                     + (f" | reward {mean(scores):+.3f}" if reward else "") + (f" | kl {mean(stats['kl']):.3f}" if m is model and ref else ""))
+        entropy, surprisal = (np.average(stats[k], weights=[len(r) for _, r in flat]) for k in ("entropy", "surprisal"))     # means over tokens
+        table.append(f"{name:9} | n {len(flat)} | entropy {entropy:.4f} | surprisal {surprisal:.4f} nats a token"
+                     + (f" | reward {np.mean(scores):+.3f}" if reward else "") + (f" | kl {np.mean(stats['kl']):.3f}" if m is model and ref else ""))
     for text in texts:
         print(f"\n{text.strip()}")
         for row in rows:

@@ -13,7 +13,6 @@ Paper: Token-level Direct Preference Optimization, Zeng et al., ICML 2024, arXiv
 import argparse
 import difflib
 import functools
-import glob
 import importlib.util
 import json
 import math
@@ -73,9 +72,8 @@ METHODS = ("sft", "dpo", "fdpo", "tdpo1", "tdpo2")
 TASKS = ("reviews", "imdb")
 PRESETS = {     # what a task sets in place of the defaults above; an explicit option wins over either
     "reviews": dict(init_from="scratch", reward="exact", texts="", max_length=112, max_prompt_length=16, max_new_tokens=96, train_prefixes=256,
-                    eval_prefixes=256, max_steps=250, learning_rate=1e-4, warmup_steps=20, eval_interval=50, save_interval=0, log_interval=10),
-    "reviews sft": dict(init_from="scratch", max_length=128, max_prompt_length=16, max_steps=400, optimizer="adamw", learning_rate=3e-3,
-                        warmup_steps=20, grad_clip=1.0, eval_interval=100, save_interval=0, log_interval=50, texts=""),
+                    max_steps=250, learning_rate=1e-4, warmup_steps=20, eval_interval=50, save_interval=0, log_interval=10, device="cpu"),
+    "reviews sft": dict(max_length=128, max_steps=300, optimizer="adamw", learning_rate=3e-3, grad_clip=1.0, eval_interval=100, log_interval=50),
     "imdb": dict(init_from="insub/gpt2-large-IMDb-fine-tuned", max_length=128, max_prompt_length=32),
     "imdb sft": dict(init_from="gpt2-large", learning_rate=1e-5),
 }
@@ -113,7 +111,7 @@ def configure(argv):
     if c.resume and not os.path.isfile(os.path.join(folder, "options.json")):
         wrong.append(f"--resume=True: {folder} holds no run; name its --out_dir")
     elif c.resume:
-        preset = json.load(open(os.path.join(folder, "options.json"), encoding="utf-8"))
+        preset = {**json.load(open(os.path.join(folder, "options.json"), encoding="utf-8")), "resume": True, "overwrite": False}
         wrong += [f"--{name}={value} would change the run in {folder}, which has {preset[name]}; leave it out, or start another --out_dir"
                   for name, value in given.items() if name in preset and value != preset[name] and name not in CHANGEABLE]
     c = argparse.Namespace(**{name: {**defaults, **preset, **given}[name] for name in knobs})
@@ -124,8 +122,9 @@ def configure(argv):
                               compile=("auto", "True", "False"), device=("auto", "cuda", "mps", "cpu")).items():
         if getattr(c, name) not in allowed:
             wrong.append(f"--{name}={getattr(c, name)}: it is one of {', '.join(allowed)}{near(getattr(c, name), allowed)}")
-    for name, least in dict(alpha=0, min_score_gap=0, max_steps=0, warmup_steps=0, grad_clip=0, eval_interval=0, save_interval=0, log_interval=1, eval_pairs=1, seed=0, completions=2,
-                            batch_size=1, max_length=2, max_prompt_length=1, train_prefixes=1, eval_prefixes=2, max_new_tokens=1, micro_tokens=1).items():
+    for name, least in dict(alpha=0, min_score_gap=0, max_steps=0, warmup_steps=0, grad_clip=0, eval_interval=0, save_interval=0, seed=0, log_interval=1,
+                            eval_pairs=1, batch_size=1, max_prompt_length=1, train_prefixes=1, max_new_tokens=1, micro_tokens=1, eval_prefixes=2,
+                            completions=2, max_length=2).items():
         if getattr(c, name) < least:
             wrong.append(f"--{name}={getattr(c, name)}: it must be at least {least}")
     wrong += [f"--{name}={getattr(c, name)}: it must be greater than 0" for name in ("beta", "learning_rate") if getattr(c, name) <= 0]
@@ -134,8 +133,8 @@ def configure(argv):
     for name, known in (("data", (*TASKS, "hh")), ("eval_data", ("", "hh"))):
         source, is_file = getattr(c, name), getattr(c, name).endswith((".jsonl", ".json", ".parquet", ".csv"))
         if source not in known and not (os.path.isfile(source) if is_file else re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not os.path.exists(source)):
-            wrong.append(f"--{name}={source}: {'no such file' if is_file else 'unknown data'}; it is {', '.join(filter(None, known))}, a .jsonl, .json, .parquet or "
-                         f".csv file, or a hub id (owner/name){near(source, known)}")
+            wrong.append(f"--{name}={source}: {'no such file' if is_file else 'unknown data'}; it is {', '.join(filter(None, known))}, a .jsonl, .json, "
+                         f".parquet or .csv file, or a hub id (owner/name){near(source, known)}")
 
     # what belongs together
     task, sft = c.data in TASKS, c.method == "sft"
@@ -181,7 +180,7 @@ from tdpo import fused_tdpo_loss, margin
 
 
 # -----------------------------------------------------------------------------
-# steps, metrics, checkpoints
+# steps, metrics, the loss of SFT
 
 
 @functools.lru_cache(2)
@@ -199,9 +198,8 @@ def preference_metrics(stats, method, beta, alpha):
     every method; acc_loss is the method's own, margin > 0; the gaps are means of absolute differences."""
     s = stats
     m = margin(method, s["logratio_w"], s["logratio_l"], s["kl_w"], s["kl_l"], beta, alpha)
-    columns = dict(loss=s["loss"], acc=s["logratio_w"] > s["logratio_l"], acc_loss=m > 0, margin=m, logratio_w=s["logratio_w"], logratio_l=s["logratio_l"],
-                   kl_w=s["kl_w"], kl_l=s["kl_l"], kl_gap=(s["kl_l"] - s["kl_w"]).abs(), rkl_w=s["rkl_w"], rkl_l=s["rkl_l"],
-                   rkl_gap=(s["rkl_l"] - s["rkl_w"]).abs())
+    columns = {"loss": s["loss"], "acc": s["logratio_w"] > s["logratio_l"], "acc_loss": m > 0, "margin": m, **{name: s[name] for name in s if name != "loss"},
+               "kl_gap": (s["kl_l"] - s["kl_w"]).abs(), "rkl_gap": (s["rkl_l"] - s["rkl_w"]).abs()}
     return {name: x.float().mean() for name, x in columns.items()}
 
 
@@ -256,12 +254,14 @@ if __name__ == "__main__":
 
     # -------------------------------------------------------------------------
     # data
+    if task and not sft:
+        score, prefixes = eval_imdb.load_reward(reward, device), eval_imdb.task_prefixes(options, tokenizer)
     truncated = dropped = 0
     if task and sft:
         texts = eval_imdb.load_texts(options)
         examples, held_out = (tokenize_texts(x, tokenizer, max_length) for x in (texts["train"], texts["test"][:eval_pairs]))
     else:
-        source = eval_imdb.build_pairs(options, model, tokenizer, os.path.dirname(out_dir) or ".", dtype) if task else data
+        source = eval_imdb.build_pairs(options, model, tokenizer, prefixes["train"], score, dtype) if task else data
         pairs = read_pairs(source, tokenizer, "train", strict)
         if eval_data or data == "hh":
             held_pairs = read_pairs(eval_data or "hh", tokenizer, "test", strict)
@@ -269,11 +269,12 @@ if __name__ == "__main__":
             prompts = np.random.default_rng(seed).permutation(sorted({p[1] for p in pairs})).tolist()
             held = set(prompts[:max(1, min(eval_pairs, len(prompts) // 10))])
             pairs, held_pairs = [p for p in pairs if p[1] not in held], [p for p in pairs if p[1] in held]
-        (examples, kept, truncated), (held_out, _, _) = (tokenize(x, tokenizer, max_length, max_prompt_length, truncation) for x in (pairs, held_pairs[:eval_pairs]))
+        (examples, kept, truncated), (held_out, _, _) = (
+            tokenize(x, tokenizer, max_length, max_prompt_length, truncation) for x in (pairs, held_pairs[:eval_pairs]))
         dropped, pairs = len(pairs) - len(examples), [pairs[i] for i in kept]
     if not examples or not held_out:
-        sys.exit(f"error: every {'training' if not examples else 'held-out'} pair was dropped: after truncation to --max_length={max_length} no two responses differ, "
-                 "or one prompt is all there is; raise --max_length, or name --eval_data")
+        sys.exit(f"error: every {'held-out' if examples else 'training'} pair was dropped: after truncation to --max_length={max_length} no two responses "
+                 "differ, or one prompt is all there is; raise --max_length, or name --eval_data")
     if sft:
         examples, held_out = ([(p, c, []) for p, c, _ in x] for x in (examples, held_out))
     sizes = [[sum(map(len, e)) for e in x] for x in (examples, held_out)]
@@ -287,8 +288,8 @@ if __name__ == "__main__":
 
     # -------------------------------------------------------------------------
     # optimizer
-    optimizer = {"rmsprop": torch.optim.RMSprop, "adamw": functools.partial(torch.optim.AdamW, weight_decay=0.0)}[optimizer](model.parameters(), lr=learning_rate)
-    step = 0
+    optimizers = {"rmsprop": torch.optim.RMSprop, "adamw": functools.partial(torch.optim.AdamW, weight_decay=0.0)}
+    optimizer, step = optimizers[optimizer](model.parameters(), lr=learning_rate), 0
     if resume:
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
@@ -305,23 +306,22 @@ if __name__ == "__main__":
     tokens, saved = sum(sizes[0]), 0 if sft else sum(len(e[0]) for e in examples)
     n_rows = len(pack(sizes[0], row_length))
     noun = "texts" if sft else "pairs"
-    print(f"{noun}: {len(examples)} to train on, {len(held_out)} held out; {truncated} truncated, {dropped} dropped")
-    print(f"rows: {n_rows} of {row_length} tokens, {tokens / n_rows / row_length:.0%} full; shared prompts save {saved} of {tokens + saved} tokens ({saved / (tokens + saved):.0%})")
-    print(f"step: {batch_size} {noun}, about {batch_size * tokens // len(examples)} tokens, {rows_a_pass} rows a pass; {max_steps} steps, {max_steps * batch_size / len(examples):.1f} epochs")
-    print(f"policy: {init_from}, {n_params / 1e6:.1f}M parameters, vocabulary {len(layer)}; reference: {'none' if sft else ref_from or 'a frozen copy'}")
-    print(f"run: {method}{f', alpha {alpha}' if method == 'tdpo2' else ''}{'' if sft else f', beta {beta}'}, seed {seed}, device {device}, dtype {dtype}, compile {compile}, "
-          f"torch {torch.__version__}; into {out_dir}")
-    if task and not sft:
-        test_prefixes, score = eval_imdb.task_prefixes(options, tokenizer)["test"], eval_imdb.load_reward(reward, device)
+    print(f"{noun}: {len(examples)} to train on, {len(held_out)} held out; {truncated} truncated, {dropped} dropped\n"
+          f"rows: {n_rows} of {row_length} tokens, {tokens / n_rows / row_length:.1%} full; shared prompts save {saved} of {tokens + saved} tokens\n"
+          f"step: {batch_size} {noun}, about {batch_size * tokens // len(examples)} tokens, {rows_a_pass} rows a pass; {max_steps} steps, "
+          f"{max_steps * batch_size / len(examples):.1f} epochs\n"
+          f"policy: {init_from}, {n_params / 1e6:.1f}M parameters, vocabulary {len(layer)}; reference: {'none' if sft else ref_from or 'a frozen copy'}\n"
+          f"run: {method}{f', alpha {alpha}' if method == 'tdpo2' else ''}{'' if sft else f', beta {beta}'}, seed {seed}, device {device}, dtype {dtype}, "
+          f"compile {compile}, torch {torch.__version__}; into {out_dir}", flush=True)
 
     os.makedirs(out_dir, exist_ok=True)
     log_path, lines = os.path.join(out_dir, "log.jsonl"), []
     if resume:
         lines = [x for x in open(log_path, encoding="utf-8") if json.loads(x)["step"] <= step]
     else:                                           # --overwrite: nothing of the other run stays beside this one
-        for path in glob.glob(os.path.join(glob.escape(out_dir), "training_state-*.pt")) + [os.path.join(out_dir, x) for x in ("config.json", "model.safetensors")]:
-            if os.path.exists(path):
-                os.remove(path)
+        for name in os.listdir(out_dir):
+            if name in ("config.json", "model.safetensors") or name.startswith("training_state-"):
+                os.remove(os.path.join(out_dir, name))
     with open(os.path.join(out_dir, "options.json"), "w", encoding="utf-8") as f:
         json.dump(options, f, indent=1)
     log = open(log_path, "w", encoding="utf-8")
@@ -337,7 +337,7 @@ if __name__ == "__main__":
         rows = pack([sum(map(len, examples[i])) for i in indices], row_length)
         for k in range(n := -(-len(rows) // rows_a_pass)):
             some = [[indices[i] for i in row] for row in rows[k::n]]
-            batch = collate(examples, some + [[]] * (rows_a_pass - len(some) if compile else 0), row_length)      # compiled for one shape
+            batch = collate(examples, some + [[]] * (rows_a_pass - len(some) if compile else 0), row_length)        # compiled for one shape
             yield sum(some, []), {name: x if name in ("pair", "chosen") else x.to(device, non_blocking=True) for name, x in batch.items()}
 
     def forward(batch):
@@ -348,7 +348,7 @@ if __name__ == "__main__":
                 return sft_loss(hidden, weight, batch["labels"])
             with torch.no_grad():
                 ref_hidden, ref_weight = response_states(ref_body, ref, batch)
-            return fused_tdpo_loss(hidden, weight, ref_hidden, ref_weight, batch["labels"], batch["pair"], batch["chosen"], beta, alpha, method)
+            return fused_tdpo_loss(hidden, weight, ref_hidden, ref_weight, *(batch[x] for x in ("labels", "pair", "chosen")), beta, alpha, method)
 
     def means(stats):
         """Metrics over the stats of several passes."""
@@ -362,16 +362,16 @@ if __name__ == "__main__":
         if wandb_log:
             wandb.log(record, step=record["step"])
         if columns:
-            print(f"{'step' if 'loss' in record else 'eval':4} {record['step']:>{len(str(max_steps))}} | " + " | ".join(
-                f"{x.removeprefix('eval_')} {record[x]:.4g}" if isinstance(record[x], float) else f"{x} {record[x]}" for x in columns if x in record), flush=True)
+            print(f"{'step' if 'loss' in record else 'eval'} {record['step']:>{len(str(max_steps))}} | " + " | ".join(
+                f"{x.removeprefix('eval_')} {record[x]:>{7 if 'eval_' in x else 6}.4g}" for x in columns if x in record), flush=True)
 
     def evaluate():
         with torch.no_grad():
-            found = means([forward(batch)[1] for _, batch in tqdm(list(passes(range(len(held_out)), held_out)), desc="evaluating", leave=False, disable=None)])
+            batches = tqdm(list(passes(range(len(held_out)), held_out)), desc="evaluating", leave=False, disable=None)
+            found = means([forward(batch)[1] for _, batch in batches])
         found = {name: x.item() for name, x in found.items()}
         if task and not sft:
-            sampled = eval_imdb.score_policy(model, ref, tokenizer, test_prefixes, score, max_new_tokens, seed, dtype)
-            found.update(sampled)
+            found.update(eval_imdb.score_policy(model, ref, tokenizer, prefixes["test"], score, max_new_tokens, seed, dtype))
         write({"step": step, **{"eval_" + name: x for name, x in found.items()}},
               ["eval_" + x for x in ("loss", "acc", "margin", "kl_w", "kl_l", "kl_gap", "reward", "reward_se", "sample_kl", "sample_rkl", "entropy")])
 
@@ -400,8 +400,8 @@ if __name__ == "__main__":
         if not (math.isfinite(found["loss"]) and math.isfinite(found["grad_norm"])):
             bad = [] if sft else [m for m, x in zip(members, torch.cat([s["loss"] for s in stats]).tolist()) if not math.isfinite(x)]
             names = ", ".join(str(i) if sft else pairs[i][0] for i in (bad or members)[:8])
-            sys.exit(f"error: the loss ({found['loss']}) or gradient norm ({found['grad_norm']}) of step {step + 1} is not finite; {noun}: {names}. The last checkpoint "
-                     "is untouched. Lower --learning_rate, or look at these " + noun)
+            sys.exit(f"error: the loss ({found['loss']}) or gradient norm ({found['grad_norm']}) of step {step + 1} is not finite; {noun}: {names}. "
+                     f"The last checkpoint is untouched. Lower --learning_rate, or look at these {noun}")
         optimizer.step()
         step += 1
         seconds = time.perf_counter() - began
@@ -411,7 +411,8 @@ if __name__ == "__main__":
         record = dict(step=step, epoch=step * batch_size / len(examples), **found, lr=optimizer.param_groups[0]["lr"], pairs_per_s=batch_size / seconds,
                       tokens_per_s=n_tokens / seconds, **({"mfu": flops / seconds / peak} if peak else {}), peak_gib=peak_gib(device))
         speeds.append((record["pairs_per_s"], record["tokens_per_s"]))
-        write(record, ("loss", "acc", "margin", "kl_w", "kl_l", "kl_gap", "grad_norm", "pairs_per_s", "mfu") if step % log_interval == 0 or step == max_steps else ())
+        shown = step % log_interval == 0 or step == max_steps
+        write(record, ("loss", "acc", "margin", "kl_w", "kl_l", "kl_gap", "grad_norm", "pairs_per_s", "mfu") if shown else ())
         if step == max_steps or eval_interval and step % eval_interval == 0:
             evaluate()
         if step == max_steps or save_interval and step % save_interval == 0:
@@ -420,4 +421,4 @@ if __name__ == "__main__":
     if speeds:
         middle = np.median(speeds[min(3, len(speeds) - 1):], axis=0)                # the first steps warm up
         print(f"median speed {middle[0]:.2f} {noun}/s, {middle[1]:.0f} tokens/s; peak memory {peak_gib(device):.2f} GiB; {time.time() - started:.0f} s in all")
-    print(f"saved {out_dir} | next: python " + ("sample.py --model=" if task or not sft else "train.py --method=tdpo2 --data=" + data + " --init_from=") + out_dir)
+    print(f"saved {out_dir} | next: python " + (f"train.py --method=tdpo2 --data={data} --init_from=" if sft and not task else "sample.py --model=") + out_dir)
