@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from sample import autocast, encode_prompt, generate, load_model, parse, read_rows, response_stats
+from sample import DEVICES, autocast, encode_prompt, generate, load_model, load_reference, load_state, parse, read_rows, report_bad, response_stats
 
 TASKS = ("reviews", "imdb")
 
@@ -91,16 +91,19 @@ def load_texts(run):
     source, local = run["texts"], os.path.exists(run["texts"])
     rows = [(where, row, None) for where, row in read_rows(source)] if local else [
         (where, row, split) for split in ("train", "test") for where, row in read_rows(source, split)]
-    texts = {"train": [], "test": []}
+    texts, bad = {"train": [], "test": []}, []
     for n, (where, row, split) in enumerate(rows):
-        if isinstance(row, str) or not isinstance(row.get("text"), str):
-            sys.exit(f"error: {where} {row if isinstance(row, str) else 'has no text column with a string'}")
+        if isinstance(row, str) or not isinstance(row.get("text"), str) or not row["text"].strip():
+            bad.append(f"{where} {row if isinstance(row, str) else 'has no text in a column text'}")
+            continue
         split = split or row.get("split") or ("test" if n % 10 == 9 else "train")       # without splits every tenth is for testing
-        if split in texts and row["text"].strip():
+        if split in texts:
             texts[split].append(re.sub(r"\s+", " ", re.sub(r"<br\s*/?>", " ", row["text"])).strip())
+    report_bad(source, bad, len(rows), run["strict"], "a row is a text, and a split of train or test")
     for split, found in texts.items():
         if not found:
             sys.exit(f"error: {source} has no text in its {split} split; the column split names train or test")
+        random.Random(0).shuffle(found)             # IMDb is sorted by label
     return texts
 
 
@@ -164,7 +167,7 @@ def build_pairs(run, model, tokenizer, prefixes, reward, dtype="float32"):
     made_of = [prefixes, judge, *(run[k] for k in ("reward", "completions", "min_score_gap", "max_new_tokens", "seed")), dtype]
     digest = hashlib.sha256(json.dumps(made_of).encode())
     for p in model.parameters():
-        digest.update(p.detach().cpu().numpy())
+        digest.update(p.detach().cpu().contiguous().numpy())
     path = os.path.join(folder, f"{run['data']}-pairs-{digest.hexdigest()[:12]}.jsonl")
     if os.path.exists(path):
         print(f"pairs: reusing {path}")
@@ -194,11 +197,14 @@ def score_policy(model, ref, tokenizer, prefixes, reward, max_new_tokens, seed=0
     """One sample for each test prefix: {reward, sample_kl, sample_rkl, entropy, their standard errors (name_se), n}."""
     with autocast(model.device, dtype):
         samples = complete(model, tokenizer, prefixes, max_new_tokens, 1, seed)
-        stats = response_stats(model, ref, [s[1] for s in samples], [s[2] for s in samples])
+    stats = response_stats(model, ref, [s[1] for s in samples], [s[2] for s in samples])        # fp32: bf16 logits would inflate a small KL
     scores = reward([prefixes[i] + text for i, _, _, text in samples])
+    lengths = np.array([len(s[2]) for s in samples])
+    entropy = np.average(stats["entropy"], weights=lengths)                                     # the mean over tokens of all responses
+    entropies = entropy + lengths / lengths.mean() * (stats["entropy"] - entropy)               # of this mean; its spread is the ratio's
     result = {"n": len(samples)}
-    for name, values in (("reward", scores), ("sample_kl", stats["kl"]), ("sample_rkl", stats["reverse_kl"]), ("entropy", stats["entropy"])):
-        result[name], result[name + "_se"] = float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
+    for name, values in (("reward", scores), ("sample_kl", stats["kl"]), ("sample_rkl", stats["reverse_kl"]), ("entropy", entropies)):
+        result[name], result[name + "_se"] = float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5)
     return result
 
 
@@ -238,7 +244,7 @@ if __name__ == "__main__":
     parser.add_argument("--eval_prefixes", type=int, default=512, help="test prefixes, one sample each (default 512)")
     parser.add_argument("--reward", default="", help="score with another reward than the one trained on: exact, a directory or hub id")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=DEVICES[0], choices=DEVICES)
     parser.add_argument("--out", default="out/frontier", help="writes OUT.json and OUT.png (default out/frontier)")
     args = parse(parser)
     runs = {folder: run_options(folder) for folder in args.runs.split(",") if folder}
@@ -247,24 +253,24 @@ if __name__ == "__main__":
             parser.error(f"{folder} holds no run of train.py on {' or '.join(TASKS)}")
         if not os.path.exists(os.path.join(folder, "config.json")):
             parser.error(f"{folder} has no checkpoint yet; let train.py finish or continue it with --resume=True")
-    if args.eval_prefixes < 1:
-        parser.error("--eval_prefixes must be positive")
+    if args.eval_prefixes < 2:
+        parser.error("--eval_prefixes must be 2 or more")
     results, scored = [], set()
     for folder, run in runs.items():
         run["eval_prefixes"] = args.eval_prefixes
         reward = load_reward(args.reward or run["reward"], args.device)
         model, tokenizer = load_model(folder, args.device)
         source = run["ref_from"] or run["init_from"] if run["method"] != "sft" else folder
-        ref = load_model(source, args.device)[0]
+        ref = load_reference(source, model, tokenizer)
         prefixes = task_prefixes(run, tokenizer)["test"]
-        score = lambda m: score_policy(m, ref, tokenizer, prefixes, reward, run["max_new_tokens"], args.seed)
+        dtype = "bfloat16" if args.device == "cuda" else "float32"
+        score = lambda m: score_policy(m, ref, tokenizer, prefixes, reward, run["max_new_tokens"], args.seed, dtype)
         if source not in scored:
             scored.add(source)
             results.append(dict(run=source, method="reference", alpha=None, beta=None, step=None, **score(ref)))
         if source != folder:
-            last = json.loads(open(os.path.join(folder, "log.jsonl"), encoding="utf-8").read().splitlines()[-1])
             results.append(dict(run=folder, method=run["method"], alpha=run["alpha"] if run["method"] == "tdpo2" else None, beta=run["beta"],
-                                step=last["step"], **score(model)))
+                                step=load_state(folder)["step"], **score(model)))
     print("\n| run | method | reward | KL(ref ‖ policy) | KL(policy ‖ ref) | entropy | n |\n|---|---|---|---|---|---|---|")
     for r in results:
         cells = [f"{r[k]:.3f} ± {r[k + '_se']:.3f}" for k in ("reward", "sample_kl", "sample_rkl", "entropy")]

@@ -26,6 +26,7 @@ from tdpo import token_stats
 
 if not sys.stderr.isatty():
     transformers.utils.logging.disable_progress_bar()
+DEVICES = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]      # the ones that are here, the best first
 
 
 def parse(parser, argv=None):
@@ -54,7 +55,7 @@ def read_rows(source, split="train"):
         if os.path.getsize(source) == 0:
             sys.exit(f"error: {source} is empty")
     try:
-        if kind == "json" and open(source, "rb").read(64).lstrip()[:1] == b"[":
+        if kind == "json" and open(source, encoding="utf-8-sig", errors="replace").read(64).lstrip()[:1] == "[":
             return [(f"{source} entry {n}", row if isinstance(row, dict) else "is not a JSON object")
                     for n, row in enumerate(json.load(open(source, encoding="utf-8-sig")), 1)]
         if kind not in ("jsonl", "json", "txt"):
@@ -85,7 +86,10 @@ def chat(tokenizer, messages, generation_prompt):
         sys.exit("error: the data holds chat messages, but this model's tokenizer has no chat template; use plain strings, or a chat model")
     if not all(isinstance(m, dict) and isinstance(m.get("content"), str) and isinstance(m.get("role"), str) for m in messages):
         raise ValueError("has a message without a text role and content")
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+    except Exception as error:      # a template raises what it likes
+        raise ValueError(f"is refused by the model's chat template: {error}")
 
 
 def render(row, tokenizer):
@@ -94,6 +98,8 @@ def render(row, tokenizer):
         raise ValueError(row)
     turn, prompt, responses = "\n\nAssistant:", row.get("prompt"), [row.get("chosen"), row.get("rejected")]
     if all(isinstance(x, list) for x in responses):                     # messages; the prompt may be their common beginning
+        if isinstance(prompt, str) and not any(m.get("role") == "user" for m in responses[0] if isinstance(m, dict)):
+            prompt = [dict(role="user", content=prompt)]
         responses = [(prompt if isinstance(prompt, list) else []) + x for x in responses]
         shared = next((n for n, (a, b) in enumerate(zip(*responses)) if a != b), min(map(len, responses)))
         if shared == min(map(len, responses)):
@@ -111,7 +117,7 @@ def render(row, tokenizer):
         responses = [x[len(prompt):] for x in responses]
     for name, text in zip(("prompt", "chosen", "rejected"), (prompt, *responses)):
         if text is None:
-            raise ValueError(f"has no {name!r}; its columns are {', '.join(map(str, row)) or 'none'}")
+            raise ValueError(f"has an empty {name!r}" if name in row else f"has no {name!r}; its columns are {', '.join(map(str, row)) or 'none'}")
         if not isinstance(text, str):
             raise ValueError(f"has {type(text).__name__} in {name!r} where text belongs")
         if not text.strip() and name != "prompt":
@@ -131,14 +137,18 @@ def read_pairs(source, tokenizer, split="train", strict=False):
             pairs.append((where, *render(row, tokenizer)))
         except ValueError as error:
             bad.append(f"{where} {error}")
-    if bad and (strict or len(bad) > 0.01 * len(rows)):
-        sys.exit(f"error: {bad[0]}. {len(bad)} of {len(rows)} rows are bad{'' if strict else ', more than 1 %'}: a row is a prompt, a chosen and another, "
-                 "rejected response, as text or as chat messages")
-    if bad:
-        print(f"{source}: left out {len(bad)} bad rows of {len(rows)} (--strict=True makes them fatal), the first: {bad[0]}")
+    report_bad(source, bad, len(rows), strict, "a row is a prompt, a chosen and another, rejected response, as text or as chat messages")
     if not pairs:
         sys.exit(f"error: {source} has no rows")
     return pairs
+
+
+def report_bad(source, bad, total, strict, expected):
+    """Count bad rows (sentences) on the screen; end the program where they are over 1 % of all, or under strict."""
+    if bad and (strict or len(bad) > 0.01 * total):
+        sys.exit(f"error: {bad[0]}. {len(bad)} of {total} rows are bad{'' if strict else ', more than 1 %'}: {expected}")
+    if bad:
+        print(f"{source}: left out {len(bad)} bad rows of {total} (--strict=True makes them fatal), the first: {bad[0]}")
 
 
 def read_prompts(source, tokenizer):
@@ -152,7 +162,7 @@ def read_prompts(source, tokenizer):
             prompts[render(row, tokenizer)[0]] = None
         except ValueError as error:
             sys.exit(f"error: {where} {error}")
-    return list(prompts)
+    return list(prompts) or sys.exit(f"error: {source} has no prompts")
 
 
 def encode_prompt(tokenizer, text):
@@ -266,8 +276,8 @@ def load_model(path, device="cpu", cls=AutoModelForCausalLM):
     else:
         print(f"loading {path} from the hub or its cache", flush=True)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model, info = cls.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model, info = cls.from_pretrained(path, trust_remote_code=False, dtype=torch.float32, output_loading_info=True)
     except Exception as error:      # OSError, ValueError, KeyError, SafetensorError, ...: every reason a model does not load
         if not os.path.isdir(path) and isinstance(error, OSError):
             sys.exit(f"error: {path} is no local directory and the hub could not be reached or does not have it. Without a network name a "
@@ -276,6 +286,14 @@ def load_model(path, device="cpu", cls=AutoModelForCausalLM):
     if info["missing_keys"]:
         sys.exit(f"error: {path}: the weights lack {len(info['missing_keys'])} tensors of {type(model).__name__}, {min(info['missing_keys'])} for one")
     return model.to(device).eval(), tokenizer
+
+
+def load_reference(path, model, tokenizer):
+    """The frozen reference of a policy, on its device; its tokens must be the policy's."""
+    ref, ref_tokenizer = load_model(path, model.device)
+    if ref_tokenizer.get_vocab() != tokenizer.get_vocab() or len(ref.get_output_embeddings().weight) != len(model.get_output_embeddings().weight):
+        sys.exit(f"error: the reference {path} has another vocabulary than the policy; the KL needs the same tokens in both")
+    return ref.requires_grad_(False)
 
 
 def file_hash(path):
@@ -352,6 +370,7 @@ def generate(model, tokenizer, prompts, max_new_tokens, num_samples=1, temperatu
     stop = {tokenizer.eos_token_id, *(stop if isinstance(stop, list) else [stop])} - {None}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     config = GenerationConfig(do_sample=True, temperature=temperature, top_p=top_p, top_k=0, pad_token_id=pad, eos_token_id=sorted(stop))
+    own, model.generation_config = model.generation_config, GenerationConfig()      # its repetition penalty, say, would fill what config leaves open
     positions = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     if (longest := max(map(len, prompts))) >= positions:
         sys.exit(f"error: a prompt of {longest} tokens leaves no room for a response within the model's {positions} positions; shorten it")
@@ -359,18 +378,21 @@ def generate(model, tokenizer, prompts, max_new_tokens, num_samples=1, temperatu
     responses = [[] for _ in prompts]
     with torch.random.fork_rng(), tqdm(total=len(order), desc="sampling", leave=False, disable=None) as bar:
         torch.manual_seed(seed)
-        while order:
-            size = max(1, min(512, 2**15 // (order[0][0] + max_new_tokens)))
-            batch, order = order[:size], order[size:]
-            width = batch[-1][0]
-            ids = torch.tensor([[pad] * (width - n) + prompts[i] for n, i in batch], device=model.device)
-            mask = torch.tensor([[0] * (width - n) + [1] * n for n, _ in batch], device=model.device)
-            config.max_new_tokens = min(max_new_tokens, positions - width)
-            out = model.generate(ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
-            for (_, i), new in zip(batch, out):
-                end = next((t for t, token in enumerate(new) if token in stop), len(new))
-                responses[i].append(new[:end + 1])
-            bar.update(len(batch))
+        try:
+            while order:
+                size = max(1, min(512, 2**15 // (order[0][0] + max_new_tokens)))
+                batch, order = order[:size], order[size:]
+                width = batch[-1][0]
+                ids = torch.tensor([[pad] * (width - n) + prompts[i] for n, i in batch], device=model.device)
+                mask = torch.tensor([[0] * (width - n) + [1] * n for n, _ in batch], device=model.device)
+                config.max_new_tokens = min(max_new_tokens, positions - width)
+                out = model.generate(ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
+                for (_, i), new in zip(batch, out):
+                    end = next((t for t, token in enumerate(new) if token in stop), len(new))
+                    responses[i].append(new[:end + 1])
+                bar.update(len(batch))
+        finally:
+            model.generation_config = own
     return responses
 
 
@@ -416,7 +438,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--model", required=True, help="checkpoint directory or hub id")
     parser.add_argument("--ref", default="", help="reference model; default: the one the checkpoint was trained against")
-    parser.add_argument("--prompts", default="", help="a .jsonl or .txt file of prompts; default: prompts held out from the model's own task")
+    parser.add_argument("--reward", default="", help="another reward than the run's: exact, a directory or hub id")
+    parser.add_argument("--prompts", default="", help="a .jsonl or .txt file of prompts; default: the model's own task's, held out where they were named")
     parser.add_argument("--prompt", default="", help="one prompt")
     parser.add_argument("--num_prompts", type=int, default=8, help="at most so many prompts; 0 for all (default 8)")
     parser.add_argument("--num_samples", type=int, default=1, help="responses a prompt (default 1)")
@@ -424,32 +447,30 @@ if __name__ == "__main__":
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top_p", type=float, default=0.95, help="nucleus (default 0.95)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=DEVICES[0], choices=DEVICES)
     parser.add_argument("--out", default="", help="the .jsonl to write; default: samples.jsonl in the model's directory")
     args = parse(parser)
     import eval_imdb        # here, not above: eval_imdb imports this file
 
-    problems = [f"--{k} must be positive" for k in ("num_samples", "temperature") if getattr(args, k) <= 0]
-    problems += ["--top_p must be in (0, 1]"] * (not 0 < args.top_p <= 1) + ["--max_new_tokens and --num_prompts cannot be negative"] * (
-        min(args.max_new_tokens, args.num_prompts) < 0) + ["give --prompt or --prompts, not both"] * bool(args.prompt and args.prompts)
-    if problems:
-        parser.error("; ".join(problems))
+    problems = [f"--{name} must be {what}" for name, what, good in (
+        ("num_samples", "positive", args.num_samples > 0), ("temperature", "positive", 0 < args.temperature < float("inf")), ("top_p", "in (0, 1]", 0 < args.top_p <= 1),
+        ("max_new_tokens", "0 or more", args.max_new_tokens >= 0), ("num_prompts", "0 or more", args.num_prompts >= 0), ("prompt", "alone, without --prompts", not (args.prompt and args.prompts)),
+        ("out", "in a directory that exists", os.path.isdir(os.path.dirname(args.out) or "."))) if not good]
     run = eval_imdb.run_options(args.model)
     if not run and not args.prompt and not args.prompts:
-        parser.error(f"{args.model} is not a run of train.py, so it has no prompts of its own: give --prompt or --prompts")
+        problems.append(f"{args.model} is not a run of train.py, so it has no prompts of its own: give --prompt or --prompts")
+    if problems:
+        parser.error("; ".join(problems))
     model, tokenizer = load_model(args.model, args.device)
     ref_path = args.ref or (run.get("ref_from") or run.get("init_from") if run.get("method") != "sft" else "")
-    ref = load_model(ref_path, args.device)[0] if ref_path else None
-    task = run.get("data") in eval_imdb.TASKS and not args.prompt and not args.prompts
-    reward = eval_imdb.load_reward(run["reward"], args.device) if task else None
-    if args.prompt:
-        texts = [args.prompt]
-    elif task:
-        texts = eval_imdb.task_prefixes(run, tokenizer)["test"]
-    else:
-        texts = read_prompts(args.prompts or run.get("eval_data") or run["data"], tokenizer)
+    ref = load_reference(ref_path, model, tokenizer) if ref_path else None
+    task = run.get("data") in eval_imdb.TASKS
+    own = task and not args.prompt and not args.prompts
+    reward = eval_imdb.load_reward(args.reward or run["reward"], args.device) if own else None
+    texts = [args.prompt] if args.prompt else eval_imdb.task_prefixes(run, tokenizer)["test"] if own else read_prompts(
+        args.prompts or run["eval_data"] or run["data"], tokenizer)
     texts = texts[:args.num_prompts or None]
-    new_tokens = args.max_new_tokens or (run["max_new_tokens"] if run.get("data") in eval_imdb.TASKS else 128)
+    new_tokens = args.max_new_tokens or (run["max_new_tokens"] if task else 128)
 
     prompts = [encode_prompt(tokenizer, text) for text in texts]
     rows, table = [], []
@@ -458,22 +479,21 @@ if __name__ == "__main__":
             continue
         with autocast(args.device, "bfloat16" if args.device == "cuda" else "float32"):
             drawn = generate(m, tokenizer, prompts, new_tokens, args.num_samples, args.temperature, args.top_p, args.seed)
-            flat = [(i, r) for i, rs in enumerate(drawn) for r in rs]
-            stats = response_stats(m, None if m is ref else ref, [prompts[i] for i, _ in flat], [r for _, r in flat])
+        flat = [(i, r) for i, rs in enumerate(drawn) for r in rs]
+        stats = response_stats(m, None if m is ref else ref, [prompts[i] for i, _ in flat], [r for _, r in flat])
         replies = [eval_imdb.response_text(tokenizer, prompts[i], r) for i, r in flat]
         scores = reward([texts[i] + reply for (i, _), reply in zip(flat, replies)]) if reward else [None] * len(flat)
-        rows += [dict(prompt=texts[i], model=name, response=reply, score=score, **{k: v[n] for k, v in stats.items()})
+        rows += [(i, dict(prompt=texts[i], model=name, response=reply, score=score, **{k: v[n] for k, v in stats.items()}))
                  for n, ((i, _), reply, score) in enumerate(zip(flat, replies, scores))]
         entropy, surprisal = (np.average(stats[k], weights=[len(r) for _, r in flat]) for k in ("entropy", "surprisal"))     # means over tokens
         table.append(f"{name:9} | n {len(flat)} | entropy {entropy:.4f} | surprisal {surprisal:.4f} nats a token"
                      + (f" | reward {np.mean(scores):+.3f}" if reward else "") + (f" | kl {np.mean(stats['kl']):.3f}" if m is model and ref else ""))
-    for text in texts:
+    for i, text in enumerate(texts):
         print(f"\n{text.strip()}")
-        for row in rows:
-            if row["prompt"] == text:
-                print(f"  {row['model']:9} {'' if row['score'] is None else format(row['score'], '+.2f')} |{row['response']}")
+        for row in (row for k, row in rows if k == i):
+            print(f"  {row['model']:9} {'' if row['score'] is None else format(row['score'], '+.2f')} |{row['response']}")
     print("\n" + "\n".join(table))
     out = args.out or os.path.join(args.model if os.path.isdir(args.model) else ".", "samples.jsonl")
     with open(out, "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for _, row in rows)
     print(f"wrote {len(rows)} responses to {out}")

@@ -59,7 +59,7 @@ out_dir = ""                # becomes an ordinary Hugging Face directory; defaul
 resume = False              # continue the run in out_dir, with its options
 overwrite = False           # replace the run in out_dir
 eval_interval = 100         # steps between evaluations; 0 evaluates at the start and the end only
-save_interval = 100         # steps between checkpoints; 0 saves at the end only
+save_interval = 100         # steps between checkpoints, each evaluated first; 0 saves at the end only
 log_interval = 1            # steps between printed lines; log.jsonl has every step
 wandb_log = False           # log to Weights & Biases too
 seed = 1                    # of the order of pairs, the split, samples and the scratch model
@@ -107,11 +107,12 @@ def configure(argv):
     # presets, and the options of a run to be resumed
     c = argparse.Namespace(**{**defaults, **given})
     preset = {**PRESETS.get(c.data, {}), **(PRESETS.get(f"{c.data} sft", {}) if c.method == "sft" else {})}
-    folder = c.out_dir or f"out/{os.path.splitext(os.path.basename(c.data))[0]}-{c.method}"
-    if c.resume and not os.path.isfile(os.path.join(folder, "options.json")):
-        wrong.append(f"--resume=True: {folder} holds no run; name its --out_dir")
-    elif c.resume:
-        preset = {**json.load(open(os.path.join(folder, "options.json"), encoding="utf-8")), "resume": True, "overwrite": False}
+    folder = os.path.normpath(c.out_dir or f"out/{os.path.splitext(os.path.basename(c.data))[0]}-{c.method}")
+    if c.resume:
+        try:
+            preset = {**json.load(open(os.path.join(folder, "options.json"), encoding="utf-8")), "resume": True, "overwrite": False}
+        except (OSError, ValueError):
+            wrong.append(f"--resume=True: {folder} holds no run, or its options.json cannot be read; name the --out_dir of a run")
         wrong += [f"--{name}={value} would change the run in {folder}, which has {preset[name]}; leave it out, or start another --out_dir"
                   for name, value in given.items() if name in preset and value != preset[name] and name not in CHANGEABLE]
     c = argparse.Namespace(**{name: {**defaults, **preset, **given}[name] for name in knobs})
@@ -143,14 +144,21 @@ def configure(argv):
                             ("reward train_prefixes eval_prefixes completions max_new_tokens min_score_gap", task and not sft,
                              "preference methods on reviews and imdb"), ("strict eval_data", not task or c.eval_data, "pairs from files and the hub")):
         wrong += [f"--{name} would be ignored: it is used by {by}" for name in names.split() if name in given and not used]
+    for name in ("init_from", "ref_from", "reward", "texts"):
+        path = getattr(c, name)         # a directory, a file, or owner/name on the hub; what looks like a path has to be there
+        if path and not os.path.exists(path) and (path.startswith((".", "/", "out/")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.endswith((".parquet", ".jsonl"))):
+            wrong.append(f"--{name}={path}: no such file or directory")
     if not c.init_from:
         wrong.append(f"--data={c.data} needs a model: --init_from=DIRECTORY or a hub id")
     if c.init_from == "scratch" and c.data != "reviews" or c.ref_from == "scratch":
         wrong.append("scratch is the tiny untrained model of --data=reviews and knows its words alone; name a directory or a hub id")
     if c.wandb_log and not importlib.util.find_spec("wandb"):
         wrong.append("--wandb_log=True: wandb is not installed; pip install wandb, or leave it out")
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        wrong.append(f"--out_dir={folder} is a file; name a directory")
+    parents = [folder]
+    while not os.path.exists(parents[-1]):
+        parents.append(os.path.dirname(parents[-1]) or ".")
+    if not os.path.isdir(parents[-1]):
+        wrong.append(f"--out_dir={folder}: {parents[-1]} is a file; name a directory")
     if any(os.path.realpath(x) == os.path.realpath(folder) for x in (c.init_from, c.ref_from) if x):
         wrong.append(f"--out_dir={folder} is a model that the run starts from; name another")
     elif not (c.resume or c.overwrite) and any(os.path.exists(os.path.join(folder, f)) for f in ("options.json", "log.jsonl", "config.json")):
@@ -174,8 +182,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import eval_imdb
-from sample import (autocast, check_model, collate, load_model, load_state, pack, read_pairs, response_states, save, tokenize,
-                    tokenize_texts)
+from sample import (DEVICES, autocast, check_model, collate, load_model, load_reference, load_state, pack, read_pairs, response_states, save,
+                    tokenize, tokenize_texts)
 from tdpo import fused_tdpo_loss, margin
 
 
@@ -210,6 +218,18 @@ def sft_loss(hidden, weight, labels, rows=2048):
     return losses.mean(), {"loss": losses.detach()}
 
 
+def kept_lines(path, step):
+    """The lines of a log up to a step; a last line that was cut is dropped."""
+    kept = []
+    for line in open(path, encoding="utf-8") if os.path.exists(path) else ():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:
+            break
+    return kept
+
+
 def peak_gib(device):
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
@@ -222,8 +242,8 @@ if __name__ == "__main__":
     # device
     started, sft, task = time.time(), method == "sft", data in TASKS
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if not {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}[device]:
+        device = DEVICES[0]
+    if device not in DEVICES:
         sys.exit(f"error: --device={device}: torch {torch.__version__} sees no such device here; --device=cpu works everywhere")
     dtype = ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype
     compile = compile == "True" or compile == "auto" and device == "cuda"
@@ -247,10 +267,7 @@ if __name__ == "__main__":
     if tokenizer.eos_token_id is None:
         sys.exit(f"error: the tokenizer of {init_from} has no EOS token, which ends every response; set eos_token in its tokenizer_config.json")
     if not sft:
-        ref, ref_tokenizer = load_model(ref_from or init_from, device)
-        ref.requires_grad_(False)
-        if ref.get_output_embeddings().weight.shape[0] != model.get_output_embeddings().weight.shape[0] or ref_tokenizer.get_vocab() != tokenizer.get_vocab():
-            sys.exit(f"error: the reference {ref_from} has another vocabulary than {init_from}; the KL needs the same tokens in both")
+        ref = load_reference(ref_from or init_from, model, tokenizer)
 
     # -------------------------------------------------------------------------
     # data
@@ -269,8 +286,8 @@ if __name__ == "__main__":
             prompts = np.random.default_rng(seed).permutation(sorted({p[1] for p in pairs})).tolist()
             held = set(prompts[:max(1, min(eval_pairs, len(prompts) // 10))])
             pairs, held_pairs = [p for p in pairs if p[1] not in held], [p for p in pairs if p[1] in held]
-        (examples, kept, truncated), (held_out, _, _) = (
-            tokenize(x, tokenizer, max_length, max_prompt_length, truncation) for x in (pairs, held_pairs[:eval_pairs]))
+        held_pairs = [held_pairs[i] for i in np.random.default_rng(seed).permutation(len(held_pairs))[:eval_pairs]]
+        (examples, kept, truncated), (held_out, _, _) = (tokenize(x, tokenizer, max_length, max_prompt_length, truncation) for x in (pairs, held_pairs))
         dropped, pairs = len(pairs) - len(examples), [pairs[i] for i in kept]
     if not examples or not held_out:
         sys.exit(f"error: every {'held-out' if examples else 'training'} pair was dropped: after truncation to --max_length={max_length} no two responses "
@@ -278,10 +295,13 @@ if __name__ == "__main__":
     if sft:
         examples, held_out = ([(p, c, []) for p, c, _ in x] for x in (examples, held_out))
     sizes = [[sum(map(len, e)) for e in x] for x in (examples, held_out)]
-    longest = int(np.argmax(sizes[0]))
-    row_length = -(-max(256, *sizes[0], *sizes[1]) // 64) * 64
-    rows_a_pass = max(1, micro_tokens // row_length)
-    check_model(model, init_from, [examples[0], examples[longest]])
+    least = -(-max(128, *sizes[0], *sizes[1]) // 64) * 64       # the row length that leaves the least padding; attention prefers a short one
+    row_length = min(range(least, 3 * least, 64), key=lambda n: n * len(pack(sizes[0][:512], n)) * (1 + n / 2**14))
+    rows = 1.05 * batch_size * np.mean(sizes[0]) / row_length                   # a step's, spread evenly over as few passes as micro_tokens allows
+    rows_a_pass = math.ceil(rows / math.ceil(rows / max(1, micro_tokens // row_length)))
+    longest = examples[int(np.argmax([len(p) + max(len(w), len(l)) for p, w, l in examples]))]
+    for m, name in ((model, init_from), *([(ref, ref_from)] if ref_from and not sft else [])):
+        check_model(m, name, [examples[0], longest])
     if resume:
         state = load_state(out_dir)
         model = load_model(out_dir, device)[0]
@@ -304,11 +324,11 @@ if __name__ == "__main__":
     peaks = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12}        # dense bf16 FLOP/s, NVIDIA's data sheets
     peak = next((x for name, x in peaks.items() if device == "cuda" and name in torch.cuda.get_device_name()), None)
     tokens, saved = sum(sizes[0]), 0 if sft else sum(len(e[0]) for e in examples)
-    n_rows = len(pack(sizes[0], row_length))
+    full = sum(sizes[0][:512]) / len(pack(sizes[0][:512], row_length)) / row_length
     noun = "texts" if sft else "pairs"
     print(f"{noun}: {len(examples)} to train on, {len(held_out)} held out; {truncated} truncated, {dropped} dropped\n"
-          f"rows: {n_rows} of {row_length} tokens, {tokens / n_rows / row_length:.1%} full; shared prompts save {saved} of {tokens + saved} tokens\n"
-          f"step: {batch_size} {noun}, about {batch_size * tokens // len(examples)} tokens, {rows_a_pass} rows a pass; {max_steps} steps, "
+          f"rows: about {math.ceil(tokens / full / row_length)} of {row_length} tokens, {full:.0%} full; shared prompts save {saved} of {tokens + saved} tokens\n"
+          f"step: {batch_size} {noun}, about {batch_size * tokens // len(examples)} tokens in passes of {rows_a_pass} rows; {max_steps} steps, "
           f"{max_steps * batch_size / len(examples):.1f} epochs\n"
           f"policy: {init_from}, {n_params / 1e6:.1f}M parameters, vocabulary {len(layer)}; reference: {'none' if sft else ref_from or 'a frozen copy'}\n"
           f"run: {method}{f', alpha {alpha}' if method == 'tdpo2' else ''}{'' if sft else f', beta {beta}'}, seed {seed}, device {device}, dtype {dtype}, "
@@ -317,15 +337,16 @@ if __name__ == "__main__":
     os.makedirs(out_dir, exist_ok=True)
     log_path, lines = os.path.join(out_dir, "log.jsonl"), []
     if resume:
-        lines = [x for x in open(log_path, encoding="utf-8") if json.loads(x)["step"] <= step]
+        lines = kept_lines(log_path, step)
     else:                                           # --overwrite: nothing of the other run stays beside this one
         for name in os.listdir(out_dir):
             if name in ("config.json", "model.safetensors") or name.startswith("training_state-"):
                 os.remove(os.path.join(out_dir, name))
-    with open(os.path.join(out_dir, "options.json"), "w", encoding="utf-8") as f:
-        json.dump(options, f, indent=1)
-    log = open(log_path, "w", encoding="utf-8")
-    log.writelines(lines)
+    for path, text in ((os.path.join(out_dir, "options.json"), json.dumps(options, indent=1)), (log_path, "".join(lines))):
+        with open(path + ".new", "w", encoding="utf-8") as f:
+            f.write(text)
+        os.replace(path + ".new", path)
+    log = open(log_path, "a", encoding="utf-8")
     if wandb_log:
         import wandb
         wandb.init(project="tdpo", name=os.path.basename(out_dir), config=options, dir=out_dir)
@@ -363,13 +384,15 @@ if __name__ == "__main__":
             wandb.log(record, step=record["step"])
         if columns:
             print(f"{'step' if 'loss' in record else 'eval'} {record['step']:>{len(str(max_steps))}} | " + " | ".join(
-                f"{x.removeprefix('eval_')} {record[x]:>{7 if 'eval_' in x else 6}.4g}" for x in columns if x in record), flush=True)
+                f"{x.removeprefix('eval_')} {record[x]:>8.4g}" for x in columns if x in record), flush=True)
 
     def evaluate():
         with torch.no_grad():
             batches = tqdm(list(passes(range(len(held_out)), held_out)), desc="evaluating", leave=False, disable=None)
             found = means([forward(batch)[1] for _, batch in batches])
         found = {name: x.item() for name, x in found.items()}
+        if not math.isfinite(found["loss"]):
+            sys.exit(f"error: the held-out loss after step {step} is {found['loss']}; the last checkpoint is untouched. Lower --learning_rate")
         if task and not sft:
             found.update(eval_imdb.score_policy(model, ref, tokenizer, prefixes["test"], score, max_new_tokens, seed, dtype))
         write({"step": step, **{"eval_" + name: x for name, x in found.items()}},
@@ -380,6 +403,8 @@ if __name__ == "__main__":
     speeds = []
     if not resume:
         evaluate()
+    elif step >= max_steps:
+        print(f"already at step {step} of {max_steps}; --max_steps={step + 100} would continue")
     while step < max_steps:
         began = time.perf_counter()
         for group in optimizer.param_groups:
@@ -413,9 +438,10 @@ if __name__ == "__main__":
         speeds.append((record["pairs_per_s"], record["tokens_per_s"]))
         shown = step % log_interval == 0 or step == max_steps
         write(record, ("loss", "acc", "margin", "kl_w", "kl_l", "kl_gap", "grad_norm", "pairs_per_s", "mfu") if shown else ())
-        if step == max_steps or eval_interval and step % eval_interval == 0:
+        due_eval, due_save = (step == max_steps or interval and step % interval == 0 for interval in (eval_interval, save_interval))
+        if due_eval or due_save:                        # what is saved has been evaluated, so no broken weights replace good ones
             evaluate()
-        if step == max_steps or save_interval and step % save_interval == 0:
+        if due_save:
             save(out_dir, model, tokenizer, optimizer, step)
 
     if speeds:
