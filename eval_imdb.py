@@ -234,7 +234,7 @@ def draw(runs, path):
     axes[0].set(xlabel="KL(policy || reference) of samples, nats", ylabel="reward", title="reward and KL at each evaluation")
     for axis, title in zip(axes[1:], ("sequential KL, chosen", "sequential KL, rejected", "gap |rejected - chosen|")):
         axis.set(xlabel="step", ylabel="nats", title=title + " (dotted: reverse)")
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=110)
 
 

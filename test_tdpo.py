@@ -427,6 +427,8 @@ def test_generation_is_seeded_stops_at_eos_and_measures_what_it_says():
     model.generation_config.repetition_penalty = 3.0     # a model's own sampling habits are not the policy
     assert a == sample.generate(model, words, prompts, 12, 3, seed=1) and model.generation_config.repetition_penalty == 3.0
     assert a == b != c and [len(x) for x in a] == [3, 3] and all(0 not in r[:-1] and len(r) <= 12 for x in a for r in x)
+    many = sum(sample.generate(model, words, prompts, 12, 100), [])
+    assert all(len(r) == 12 or r[-1] == words.eos_token_id for r in many) and min(map(len, many)) < 12
     other = eval_imdb.scratch_model(1)[0]
     stats = sample.response_stats(model, other, prompts, [a[0][0], a[1][0]])
     for i, response in enumerate((a[0][0], a[1][0])):
@@ -437,6 +439,13 @@ def test_generation_is_seeded_stops_at_eos_and_measures_what_it_says():
         assert stats["surprisal"][i] == pytest.approx(-logp[range(n), response].mean().item(), rel=1e-4)
         assert stats["kl"][i] == pytest.approx((logq.exp() * (logq - logp)).sum().item(), rel=1e-3)
         assert stats["reverse_kl"][i] == pytest.approx((logp.exp() * (logp - logq)).sum().item(), rel=1e-3)
+
+
+def test_score_policy_gives_means_and_standard_errors():
+    model, words = eval_imdb.scratch_model(0)
+    found = eval_imdb.score_policy(model, model, words, ["the plot", "i saw", "a film", "we watched"], lambda texts: [1.0, 2.0, 3.0, 6.0], 8)
+    assert found["n"] == 4 and found["reward"] == 3 and found["reward_se"] == pytest.approx((14 / 3) ** 0.5 / 2) and found["sample_kl"] == 0
+    assert 0 < found["entropy"] < math.log(len(words)) and found["entropy_se"] > 0
 
 
 def test_exact_reward():
