@@ -534,6 +534,46 @@ def test_pairs_are_kept_labelled_and_reused(runs):
     common = [f"--init_from={runs['sft']}", "--method=dpo", "--max_steps=1", "--train_prefixes=48", "--eval_prefixes=2"]
     assert f"reusing {path}" in script("train.py", *common, f"--out_dir={runs['folder']}/dpo")[1]
     assert "pairs: sampling" in script("train.py", *common, "--seed=2", f"--out_dir={runs['folder']}/dpo2")[1]
+    code, out = script("train.py", *common, "--min_score_gap=3", f"--out_dir={runs['folder']}/dpo3")
+    assert code == 1 and "every pair was dropped" in out and "--min_score_gap" in out and not os.path.exists(f"{runs['folder']}/dpo3")
+
+
+def test_a_classifier_is_a_reward(words, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+    for labels in (["NEGATIVE", "POSITIVE"], ["bad", "good"]):
+        torch.manual_seed(0)
+        config = GPT2Config(vocab_size=len(words), n_embd=32, n_layer=1, n_head=2, n_positions=64, pad_token_id=0, num_labels=2, id2label=dict(enumerate(labels)),
+                            label2id={x: i for i, x in enumerate(labels)})
+        model = AutoModelForSequenceClassification.from_config(config).eval()
+        model.save_pretrained(tmp_path / labels[0]), words.save_pretrained(tmp_path / labels[0])
+    texts = ["the plot was dull", "i loved this wonderful film and the music", "a drama"]
+    expected = [model(**words(x, return_tensors="pt")).logits.softmax(-1)[0, 1].item() for x in texts]
+    assert eval_imdb.load_reward(str(tmp_path / "NEGATIVE"))(texts) == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(SystemExit, match="one must be called positive"):
+        eval_imdb.load_reward(str(tmp_path / "bad"))
+
+
+def test_texts_of_ones_own(words, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps(dict(text=f"the plot was<br />dull and number {n}", split="train" if n % 2 else "test")) + "\n" for n in range(6)))
+    run = dict(data="imdb", texts=str(path), seed=1, train_prefixes=9, eval_prefixes=2, strict=False)
+    texts = eval_imdb.load_texts(run)
+    assert sorted(texts["train"]) == [f"the plot was dull and number {n}" for n in (1, 3, 5)] and len(texts["test"]) == 3
+    prefixes = eval_imdb.task_prefixes(run, words)
+    assert len(prefixes["train"]) == 3 and len(prefixes["test"]) == 2
+    assert all("the plot was dull and".startswith(x) or x.startswith("the plot was dull and") for x in prefixes["train"])
+    path.write_text('{"text": 3}\n')
+    with pytest.raises(SystemExit, match="line 1 has no text"):
+        eval_imdb.load_texts(run)
+
+
+def test_wandb_gets_what_the_log_gets(runs, tmp_path, monkeypatch):
+    (tmp_path / "wandb.py").write_text("got = []\ndef init(**options): got.append(options)\ndef log(record, step): got.append((step, record))\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = train_on_pairs(runs, "with-wandb", "--max_steps=1", "--wandb_log=True")
+    import wandb
+    assert wandb.got[0]["config"]["max_steps"] == 1 and [r for _, r in wandb.got[1:]] == log_of(folder)
+    del sys.modules["wandb"]
 
 
 def test_sample_and_eval_scripts(runs):

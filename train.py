@@ -129,6 +129,8 @@ def configure(argv):
         if getattr(c, name) < least:
             wrong.append(f"--{name}={getattr(c, name)}: it must be at least {least}")
     wrong += [f"--{name}={getattr(c, name)}: it must be greater than 0" for name in ("beta", "learning_rate") if getattr(c, name) <= 0]
+    if c.seed >= 2**63:
+        wrong.append(f"--seed={c.seed}: it must be less than 2^63")
     if c.max_prompt_length >= c.max_length:
         wrong.append(f"--max_prompt_length={c.max_prompt_length} leaves no room for a response within --max_length={c.max_length}")
     for name, known in (("data", (*TASKS, "hh")), ("eval_data", ("", "hh"))):
@@ -332,7 +334,7 @@ if __name__ == "__main__":
           f"{max_steps * batch_size / len(examples):.1f} epochs\n"
           f"policy: {init_from}, {n_params / 1e6:.1f}M parameters, vocabulary {len(layer)}; reference: {'none' if sft else ref_from or 'a frozen copy'}\n"
           f"run: {method}{f', alpha {alpha}' if method == 'tdpo2' else ''}{'' if sft else f', beta {beta}'}, seed {seed}, device {device}, dtype {dtype}, "
-          f"compile {compile}, torch {torch.__version__}; into {out_dir}", flush=True)
+          f"compile {compile}{' (slow first steps)' if compile else ''}, torch {torch.__version__}; into {out_dir}", flush=True)
 
     os.makedirs(out_dir, exist_ok=True)
     log_path, lines = os.path.join(out_dir, "log.jsonl"), []
