@@ -57,7 +57,7 @@ def margin(method, logratio_w, logratio_l, kl_w, kl_l, beta=0.1, alpha=0.5):
     elif method == "fdpo":      # f-DPO with forward KL, the FKL row of Table 1 (Wang et al. 2024); e^80 is safe in fp32
         v = (-logratio_l).clamp(max=80).exp() - (-logratio_w).clamp(max=80).exp()
     elif method == "tdpo1":
-        v = logratio_w - logratio_l - (kl_l - kl_w)                            # Eq. 13 and 15
+        v = logratio_w - logratio_l - (kl_l - kl_w)                            # Eq. 15
     elif method == "tdpo2":
         v = logratio_w - logratio_l - alpha * (kl_l - kl_w.detach())           # Eq. 17 and 18: sg[.] is detach
     else:
@@ -66,7 +66,7 @@ def margin(method, logratio_w, logratio_l, kl_w, kl_l, beta=0.1, alpha=0.5):
 
 
 def preference_loss(method, logratio_w, logratio_l, kl_w, kl_l, beta=0.1, alpha=0.5):
-    """-log sigmoid(beta v), one loss a pair (P,) (Eq. 16 for tdpo2). Arguments as in `margin`; alpha acts in tdpo2 alone."""
+    """-log sigmoid(beta v), one loss a pair (P,). Arguments and errors as in `margin`; alpha acts in tdpo2 alone."""
     return -F.logsigmoid(margin(method, logratio_w, logratio_l, kl_w, kl_l, beta, alpha))
 
 
@@ -78,10 +78,9 @@ def tdpo_loss(pi_logits, ref_logits, labels, yw_idx, yl_idx, beta=0.1, alpha=0.5
     (P,) tensors named in STATS. Peak memory is several fp32 N x V tensors; `fused_tdpo_loss` needs none.
     """
     labels, pi_logits, ref_logits = labels[:, 1:], pi_logits[:, :-1], ref_logits[:, :-1]    # position t predicts token t + 1
-    rows, _ = (labels != -100).nonzero(as_tuple=True)
     response = labels != -100           # select before reducing: NaN * 0 = NaN, so a mask cannot remove a bad prompt row
-    tokens = torch.stack(token_stats(pi_logits[response], ref_logits[response], labels[response]))      # (3, N)
-    sums = tokens.new_zeros(3, len(labels)).index_add(1, rows, tokens)                                      # (3, B)
+    tokens = torch.stack(token_stats(pi_logits[response], ref_logits[response], labels[response]))                # (3, N)
+    sums = tokens.new_zeros(3, len(labels)).index_add(1, response.nonzero()[:, 0], tokens)                            # (3, B)
     (logratio_w, kl_w, rkl_w), (logratio_l, kl_l, rkl_l) = sums[:, yw_idx], sums[:, yl_idx]
     losses = preference_loss(method, logratio_w, logratio_l, kl_w, kl_l, beta, alpha)
     stats = (losses, logratio_w, logratio_l, kl_w, kl_l, rkl_w, rkl_l)

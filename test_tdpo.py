@@ -287,6 +287,7 @@ def test_fused_compiles_its_elementwise_part_and_says_so_where_it_cannot(monkeyp
     assert not tdpo._eager_only and torch._dynamo.utils.counters["frames"]["ok"] >= compiled + 2
     outer = torch.compile(lambda *x: tdpo.fused_tdpo_loss(*x, BETA, ALPHA)[0] * 2)
     assert torch.allclose(torch.autograd.grad(outer(*case), case[0])[0], 2 * expected, atol=1e-6)
+    assert torch.allclose(torch.autograd.grad(torch.compile(tdpo.fused_tdpo_loss)(*case, BETA, ALPHA)[0], case[0])[0], expected, atol=1e-6)
 
     def no_compiler(fn):
         raise RuntimeError("no working compiler")

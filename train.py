@@ -26,7 +26,7 @@ import time
 # the objective
 method = "tdpo2"            # sft, dpo, fdpo, tdpo1 or tdpo2
 alpha = 0.5                 # weight of the sequential KL in tdpo2, Eq. 17
-beta = 0.1                  # strength of the tie to the reference, Eq. 3; fdpo wants far less (0.03 on HH, 1e-5 on IMDb)
+beta = 0.1                  # strength of the tie to the reference; fdpo wants far less (0.03 on HH, 1e-5 on IMDb)
 # data
 data = "reviews"            # reviews (embedded), imdb, hh, or a .jsonl/.json/.parquet/.csv file or hub dataset with prompt, chosen, rejected
 eval_data = ""              # held-out pairs in the same forms; default: a tenth of the prompts, or the test split of hh
@@ -148,7 +148,7 @@ def configure(argv):
         wrong += [f"--{name} would be ignored: it is used by {by}" for name in names.split() if name in given and not used]
     for name in ("init_from", "ref_from", "reward", "texts"):
         path = getattr(c, name)         # a directory, a file, or owner/name on the hub; what looks like a path has to be there
-        if path and not os.path.exists(path) and (path.startswith((".", "/", "out/")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.endswith((".parquet", ".jsonl"))):
+        if path and not os.path.exists(path) and not re.fullmatch(r"(?!out/)\w[\w.-]*(/[\w.-]+)?(?<!\.parquet)(?<!\.jsonl)", path):
             wrong.append(f"--{name}={path}: no such file or directory")
     if not c.init_from:
         wrong.append(f"--data={c.data} needs a model: --init_from=DIRECTORY or a hub id")
@@ -156,11 +156,8 @@ def configure(argv):
         wrong.append("scratch is the tiny untrained model of --data=reviews and knows its words alone; name a directory or a hub id")
     if c.wandb_log and not importlib.util.find_spec("wandb"):
         wrong.append("--wandb_log=True: wandb is not installed; pip install wandb, or leave it out")
-    parents = [folder]
-    while not os.path.exists(parents[-1]):
-        parents.append(os.path.dirname(parents[-1]) or ".")
-    if not os.path.isdir(parents[-1]):
-        wrong.append(f"--out_dir={folder}: {parents[-1]} is a file; name a directory")
+    parts = folder.split(os.sep)
+    wrong += [f"--out_dir={folder}: {x} is a file; name a directory" for x in (os.sep.join(parts[:n + 1]) for n in range(len(parts))) if os.path.isfile(x)]
     if any(os.path.realpath(x) == os.path.realpath(folder) for x in (c.init_from, c.ref_from) if x):
         wrong.append(f"--out_dir={folder} is a model that the run starts from; name another")
     elif not (c.resume or c.overwrite) and any(os.path.exists(os.path.join(folder, f)) for f in ("options.json", "log.jsonl", "config.json")):
