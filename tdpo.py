@@ -5,9 +5,6 @@ contributes, `margin` and `preference_loss` are the paper's equations, `tdpo_los
 and `fused_tdpo_loss` gives the same numbers from hidden states, without ever holding the logits of a whole batch.
 Everything is in nats, and every sum runs over response tokens only: sums, never means.
 """
-import functools
-import warnings
-
 import torch
 import torch.nn.functional as F
 
@@ -178,18 +175,20 @@ def _dlogits(z, ref_z, labels, g_logp, g_kl):
     return g_logp[:, None] * (onehot.to(p.dtype) - p) + g_kl[:, None] * (p - q)
 
 
+_compiled = {}      # function -> its compiled form, or the function itself where compiling failed
+
+
 def _elementwise(fn, z, *rest):
     """fn(z, *rest), compiled for a large vocabulary: one sweep over the logits instead of a dozen temporaries of their size."""
-    if z.shape[-1] >= COMPILE_VOCAB and fn not in _eager_only:
-        try:
-            return _compiled(fn)(z, *rest)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:      # torch has no one exception for "no C++ compiler" or "no Triton"
-            _eager_only.add(fn)
-            warnings.warn(f"torch.compile failed on {fn.__name__}, so it runs uncompiled (slower): {error}".split("\n")[0])
-    return fn(z, *rest)
-
-
-_eager_only = set()
-_compiled = functools.cache(functools.partial(torch.compile, dynamic=True))
+    if z.shape[-1] < COMPILE_VOCAB or _compiled.get(fn) is fn:
+        return fn(z, *rest)
+    try:
+        if fn not in _compiled:
+            _compiled[fn] = torch.compile(fn, dynamic=True)
+        return _compiled[fn](z, *rest)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:          # torch has no one exception for "no C++ compiler" or "no Triton"
+        print(f"torch.compile failed on {fn.__name__}, so it runs uncompiled (slower): {error}".split("\n")[0])
+        _compiled[fn] = fn
+        return fn(z, *rest)
