@@ -210,8 +210,22 @@ def score_policy(model, ref, tokenizer, prefixes, reward, max_new_tokens, seed=0
 
 def run_options(folder):
     """The options of the train.py run in a directory; {} where there is none."""
-    path = os.path.join(folder, "options.json")
-    return json.load(open(path, encoding="utf-8")) if os.path.isfile(path) else {}
+    try:
+        options = json.load(open(os.path.join(folder, "options.json"), encoding="utf-8"))
+        return options if isinstance(options, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def read_log(folder, step=float("inf")):
+    """The lines of a run's log up to a step, parsed; nothing behind a line that was cut."""
+    lines, path = [], os.path.join(folder, "log.jsonl")
+    for line in open(path, encoding="utf-8") if os.path.exists(path) else ():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return [x for x in lines if x["step"] <= step]
 
 
 def draw(runs, path):
@@ -221,7 +235,7 @@ def draw(runs, path):
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 4, figsize=(18, 4.2), constrained_layout=True)
     for color, folder in enumerate(runs):
-        log = [json.loads(line) for line in open(os.path.join(folder, "log.jsonl"), encoding="utf-8")]
+        log = read_log(folder)
         points = [x for x in log if "eval_reward" in x]
         style = dict(color=f"C{color % 10}", label=os.path.basename(os.path.normpath(folder)))
         axes[0].errorbar([x["eval_sample_rkl"] for x in points], [x["eval_reward"] for x in points], marker="o", ms=4, capsize=2, lw=1,
@@ -247,7 +261,9 @@ if __name__ == "__main__":
     parser.add_argument("--device", default=DEVICES[0], choices=DEVICES)
     parser.add_argument("--out", default="out/frontier", help="writes OUT.json and OUT.png (default out/frontier)")
     args = parse(parser)
-    runs = {folder: run_options(folder) for folder in args.runs.split(",") if folder}
+    runs = {os.path.normpath(folder): run_options(folder) for folder in args.runs.split(",") if folder}
+    if not runs or not 0 <= args.seed < 2**63:
+        parser.error("--runs names no directory" if not runs else "--seed must be between 0 and 2^63")
     for folder, run in runs.items():
         if run.get("data") not in TASKS:
             parser.error(f"{folder} holds no run of train.py on {' or '.join(TASKS)}")
@@ -255,6 +271,10 @@ if __name__ == "__main__":
             parser.error(f"{folder} has no checkpoint yet; let train.py finish or continue it with --resume=True")
     if args.eval_prefixes < 2:
         parser.error("--eval_prefixes must be 2 or more")
+    try:
+        os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out={args.out}: {error.strerror}")
     results, scored = [], set()
     for folder, run in runs.items():
         run["eval_prefixes"] = args.eval_prefixes
@@ -275,7 +295,6 @@ if __name__ == "__main__":
     for r in results:
         cells = [f"{r[k]:.3f} ± {r[k + '_se']:.3f}" for k in ("reward", "sample_kl", "sample_rkl", "entropy")]
         print(f"| {r['run']} | {r['method']}{'' if r['alpha'] is None else ' α=' + str(r['alpha'])} | {' | '.join(cells)} | {r['n']} |")
-    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     with open(args.out + ".json", "w", encoding="utf-8") as f:
         json.dump(results, f, indent=1)
     print(f"\nmean ± standard error; KLs are sums over a response, entropy a mean over its tokens, in nats. Wrote {args.out}.json")

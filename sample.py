@@ -13,6 +13,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 
@@ -30,7 +31,8 @@ DEVICES = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is
 
 
 def parse(parser, argv=None):
-    """argparse with a nearest name for an option that does not exist."""
+    """argparse with one sentence an error, and a nearest name for an option that does not exist."""
+    parser.error = lambda message: (print(f"error: {message}", file=sys.stderr), sys.exit(2))
     options, unknown = parser.parse_known_args(argv)
     for word in unknown:
         near = difflib.get_close_matches(word.split("=")[0], parser._option_string_actions, 1, 0)
@@ -67,7 +69,7 @@ def read_rows(source, split="train"):
     except Exception as error:      # datasets wraps what its readers raise: the last cause is the one that tells
         while error.__cause__:
             error = error.__cause__
-        hint = "" if os.path.exists(source) else ". Without a network name a local .jsonl, .json, .parquet or .csv file, or use --data=reviews"
+        hint = "" if os.path.exists(source) else ". Without a network name a local .jsonl, .json, .parquet or .csv file"
         sys.exit(f"error: cannot read {source}: {(str(error).splitlines() or [type(error).__name__])[0]}{hint}")
     rows = []                       # line by line, so that a bad line has a number and costs only itself
     for n, line in enumerate(open(source, "rb"), 1):
@@ -76,7 +78,7 @@ def read_rows(source, split="train"):
                 row = {"prompt": line} if kind == "txt" else json.loads(line)
                 rows.append((f"{source} line {n}", row if isinstance(row, dict) else "is not a JSON object"))
         except (ValueError, RecursionError) as error:
-            rows.append((f"{source} line {n}", "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"is broken JSON ({error})"))
+            rows.append((f"{source} line {n}", "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"is broken JSON ({getattr(error, 'msg', error)})"))
     return rows
 
 
@@ -271,7 +273,7 @@ def load_model(path, device="cpu", cls=AutoModelForCausalLM):
                                 ("a tokenizer (tokenizer.json)", "tokenizer.*", "vocab.*", "tokenizer_config.json")):
             if not any(glob.glob(os.path.join(glob.escape(path), p)) for p in patterns):
                 sys.exit(f"error: {path} is not a complete model directory: it has no {what}; save_pretrained writes one")
-    elif os.path.exists(path) or path.startswith(("/", "./", "../")) or path.count("/") > 1:
+    elif os.path.exists(path) or not re.fullmatch(r"(?!out/)\w[\w.-]*(/[\w.-]+)?", path):
         sys.exit(f"error: {path}: no such directory; a model is a directory that save_pretrained wrote, or a hub id")
     else:
         print(f"loading {path} from the hub or its cache", flush=True)
@@ -326,9 +328,10 @@ def load_state(folder):
     """{"step", "optimizer"} that belongs to the weights in folder."""
     weights = os.path.join(folder, "model.safetensors")
     path = os.path.join(folder, f"training_state-{file_hash(weights)}.pt") if os.path.exists(weights) else ""
-    if not os.path.exists(path):
-        sys.exit(f"error: {folder} has no complete checkpoint to resume; start again with --overwrite=True")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:               # missing, cut short, or no state file at all: the unpickler raises what it likes
+        sys.exit(f"error: {folder} has no complete checkpoint, or its training_state file is damaged; start again with --overwrite=True")
 
 
 @torch.no_grad()
@@ -448,14 +451,15 @@ if __name__ == "__main__":
     parser.add_argument("--top_p", type=float, default=0.95, help="nucleus (default 0.95)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=DEVICES[0], choices=DEVICES)
-    parser.add_argument("--out", default="", help="the .jsonl to write; default: samples.jsonl in the model's directory")
+    parser.add_argument("--out", default="", help="the .jsonl to write or replace; default: samples.jsonl in the model's directory")
     args = parse(parser)
     import eval_imdb        # here, not above: eval_imdb imports this file
 
     problems = [f"--{name} must be {what}" for name, what, good in (
         ("num_samples", "positive", args.num_samples > 0), ("temperature", "positive", 0 < args.temperature < float("inf")), ("top_p", "in (0, 1]", 0 < args.top_p <= 1),
         ("max_new_tokens", "0 or more", args.max_new_tokens >= 0), ("num_prompts", "0 or more", args.num_prompts >= 0), ("prompt", "alone, without --prompts", not (args.prompt and args.prompts)),
-        ("out", "in a directory that exists", os.path.isdir(os.path.dirname(args.out) or "."))) if not good]
+        ("seed", "between 0 and 2^63", 0 <= args.seed < 2**63),
+        ("out", "a file in a directory that exists", os.path.isdir(os.path.dirname(args.out) or ".") and not os.path.isdir(args.out))) if not good]
     run = eval_imdb.run_options(args.model)
     if not run and not args.prompt and not args.prompts:
         problems.append(f"{args.model} is not a run of train.py, so it has no prompts of its own: give --prompt or --prompts")
@@ -466,7 +470,7 @@ if __name__ == "__main__":
     ref = load_reference(ref_path, model, tokenizer) if ref_path else None
     task = run.get("data") in eval_imdb.TASKS
     own = task and not args.prompt and not args.prompts
-    reward = eval_imdb.load_reward(args.reward or run["reward"], args.device) if own else None
+    reward = eval_imdb.load_reward(args.reward or run["reward"], args.device) if task or args.reward else None
     texts = [args.prompt] if args.prompt else eval_imdb.task_prefixes(run, tokenizer)["test"] if own else read_prompts(
         args.prompts or run["eval_data"] or run["data"], tokenizer)
     texts = texts[:args.num_prompts or None]

@@ -696,7 +696,7 @@ FILES = [       # (content of pairs.jsonl, further options, what the message say
     ('{"prompt": "a", "chosen": "b"}', "", "line 1 has no 'rejected'; its columns are prompt, chosen"), ('{"chosen": "b", "rejected": "c"}', "", "has no 'prompt'"),
     (GOOD + "\n" + GOOD.replace(" was dull", ""), "", "line 2 has an empty 'rejected'"), (GOOD.replace("dull", "warm"), "", "line 1 has identical responses"),
     (GOOD.replace('" was dull"', "3"), "", "int in 'rejected' where text belongs"), (GOOD.replace("dull", "\\ud800"), "", "half a surrogate pair"),
-    (b'{"prompt": "a", "chosen": "\xff", "rejected": "c"}', "", "line 1 is not UTF-8 text"), (GOOD + "\n" + GOOD.replace("plot", "music"), "--max_length=2 --max_prompt_length=1", "no two responses differ"),
+    (b'{"prompt": "a", "chosen": "\xff", "rejected": "c"}', "", "line 1 is not UTF-8 text"), (GOOD + "\n" + GOOD.replace("plot", "music"), "--max_length=2 --max_prompt_length=1", "no two responses differ"), (GOOD, "", "all pairs share one prompt"),
     (GOOD.replace('"the plot"', '[{"role": "user", "content": "x"}]').replace('" was warm"', '[{"role": "assistant", "content": "x"}]').replace('" was dull"', '[{"role": "assistant", "content": "y"}]'),
      "", "no chat template"),
     (GOOD, "--max_length=500", "--max_length=500 is more than the 128 positions"), (GOOD, "--init_from=nobody/nothing --max_length=64", "hub could not be reached.*scratch"),

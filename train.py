@@ -84,8 +84,9 @@ def configure(argv):
     """The run's options: the globals above, then the task's presets, then --key=value. All mistakes in one message, exit code 2."""
     knobs = dict(re.findall(r"^(\w+) = .*?  +# (.*)$", open(__file__, encoding="utf-8").read().split("# ---------")[1], re.M))
     defaults, wrong = {name: globals()[name] for name in knobs}, []
+    presets = "\n".join(f"{name}: " + ", ".join(f"{k}={v}" for k, v in values.items()) for name, values in PRESETS.items())
     parser = argparse.ArgumentParser(usage="python train.py [--key=value ...]", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     epilog="in place of these defaults, by --data and --method:\n" + presets, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, comment in knobs.items():
         flag = dict(nargs="?", const="True") if isinstance(defaults[name], bool) else {}
         parser.add_argument("--" + name, metavar="", help=f"{comment} [{defaults[name]}]".replace("%", "%%"), **flag)
@@ -111,7 +112,7 @@ def configure(argv):
     if c.resume:
         try:
             preset = {**json.load(open(os.path.join(folder, "options.json"), encoding="utf-8")), "resume": True, "overwrite": False}
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError):
             wrong.append(f"--resume=True: {folder} holds no run, or its options.json cannot be read; name the --out_dir of a run")
         wrong += [f"--{name}={value} would change the run in {folder}, which has {preset[name]}; leave it out, or start another --out_dir"
                   for name, value in given.items() if name in preset and value != preset[name] and name not in CHANGEABLE]
@@ -217,18 +218,6 @@ def sft_loss(hidden, weight, labels, rows=2048):
     return losses.mean(), {"loss": losses.detach()}
 
 
-def kept_lines(path, step):
-    """The lines of a log up to a step; a last line that was cut is dropped."""
-    kept = []
-    for line in open(path, encoding="utf-8") if os.path.exists(path) else ():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except ValueError:
-            break
-    return kept
-
-
 def peak_gib(device):
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
@@ -288,9 +277,11 @@ if __name__ == "__main__":
         held_pairs = [held_pairs[i] for i in np.random.default_rng(seed).permutation(len(held_pairs))[:eval_pairs]]
         (examples, kept, truncated), (held_out, _, _) = (tokenize(x, tokenizer, max_length, max_prompt_length, truncation) for x in (pairs, held_pairs))
         dropped, pairs = len(pairs) - len(examples), [pairs[i] for i in kept]
+        if not pairs and kept == [] and dropped == 0:
+            sys.exit("error: all pairs share one prompt, so none can be held out; name held-out pairs with --eval_data")
     if not examples or not held_out:
-        sys.exit(f"error: every {'held-out' if examples else 'training'} pair was dropped: after truncation to --max_length={max_length} no two responses "
-                 "differ, or one prompt is all there is; raise --max_length, or name --eval_data")
+        sys.exit(f"error: every {'held-out' if examples else 'training'} pair was dropped: within --max_length={max_length} no two responses differ as tokens; "
+                 "raise --max_length, or take a tokenizer that knows these words")
     if sft:
         examples, held_out = ([(p, c, []) for p, c, _ in x] for x in (examples, held_out))
     sizes = [[sum(map(len, e)) for e in x] for x in (examples, held_out)]
@@ -313,6 +304,8 @@ if __name__ == "__main__":
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
     max_steps = max_steps or -(-len(examples) // batch_size)
+    if step >= max_steps:
+        sys.exit(f"error: {out_dir} is at step {step} already; --max_steps={step + max(1, step)} would continue it")
     body = torch.compile(model.base_model, dynamic=False) if compile else model.base_model
     ref_body = None if sft else torch.compile(ref.base_model, dynamic=False) if compile else ref.base_model
 
@@ -333,11 +326,14 @@ if __name__ == "__main__":
           f"run: {method}{f', alpha {alpha}' if method == 'tdpo2' else ''}{'' if sft else f', beta {beta}'}, seed {seed}, device {device}, dtype {dtype}, "
           f"compile {compile}{' (slow first steps)' if compile else ''}, torch {torch.__version__}; into {out_dir}", flush=True)
 
-    os.makedirs(out_dir, exist_ok=True)
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"error: --out_dir={out_dir}: {error.strerror}; name a directory that can be written")
     log_path, lines = os.path.join(out_dir, "log.jsonl"), []
     if resume:
-        lines = kept_lines(log_path, step)
-    else:                                           # --overwrite: nothing of the other run stays beside this one
+        lines = [json.dumps(x) + "\n" for x in eval_imdb.read_log(out_dir, step)]
+    else:                                           # --overwrite: no checkpoint of the other run stays beside this one's log
         for name in os.listdir(out_dir):
             if name in ("config.json", "model.safetensors") or name.startswith("training_state-"):
                 os.remove(os.path.join(out_dir, name))
@@ -391,7 +387,7 @@ if __name__ == "__main__":
             found = means([forward(batch)[1] for _, batch in batches])
         found = {name: x.item() for name, x in found.items()}
         if not math.isfinite(found["loss"]):
-            sys.exit(f"error: the held-out loss after step {step} is {found['loss']}; the last checkpoint is untouched. Lower --learning_rate")
+            sys.exit(f"error: the held-out loss after step {step} is {found['loss']}, so this step is not saved. Lower --learning_rate")
         if task and not sft:
             found.update(eval_imdb.score_policy(model, ref, tokenizer, prefixes["test"], score, max_new_tokens, seed, dtype))
         write({"step": step, **{"eval_" + name: x for name, x in found.items()}},
@@ -402,8 +398,6 @@ if __name__ == "__main__":
     speeds = []
     if not resume:
         evaluate()
-    elif step >= max_steps:
-        print(f"already at step {step} of {max_steps}; --max_steps={step + 100} would continue")
     while step < max_steps:
         began = time.perf_counter()
         for group in optimizer.param_groups:
@@ -425,7 +419,7 @@ if __name__ == "__main__":
             bad = [] if sft else [m for m, x in zip(members, torch.cat([s["loss"] for s in stats]).tolist()) if not math.isfinite(x)]
             names = ", ".join(str(i) if sft else pairs[i][0] for i in (bad or members)[:8])
             sys.exit(f"error: the loss ({found['loss']}) or gradient norm ({found['grad_norm']}) of step {step + 1} is not finite; {noun}: {names}. "
-                     f"The last checkpoint is untouched. Lower --learning_rate, or look at these {noun}")
+                     f"Nothing was saved since the last checkpoint, if there was one. Lower --learning_rate, or look at these {noun}")
         optimizer.step()
         step += 1
         seconds = time.perf_counter() - began
