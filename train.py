@@ -419,7 +419,7 @@ if __name__ == "__main__":
             bad = [] if sft else [m for m, x in zip(members, torch.cat([s["loss"] for s in stats]).tolist()) if not math.isfinite(x)]
             names = ", ".join(str(i) if sft else pairs[i][0] for i in (bad or members)[:8])
             sys.exit(f"error: the loss ({found['loss']}) or gradient norm ({found['grad_norm']}) of step {step + 1} is not finite; {noun}: {names}. "
-                     f"Nothing was saved since the last checkpoint, if there was one. Lower --learning_rate, or look at these {noun}")
+                     f"Nothing was saved since the last checkpoint: lower --learning_rate, or look at these {noun}")
         optimizer.step()
         step += 1
         seconds = time.perf_counter() - began
