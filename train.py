@@ -274,11 +274,11 @@ if __name__ == "__main__":
             prompts = np.random.default_rng(seed).permutation(sorted({p[1] for p in pairs})).tolist()
             held = set(prompts[:max(1, min(eval_pairs, len(prompts) // 10))])
             pairs, held_pairs = [p for p in pairs if p[1] not in held], [p for p in pairs if p[1] in held]
+            if not pairs:
+                sys.exit("error: all pairs share one prompt, so none can be held out; name held-out pairs with --eval_data")
         held_pairs = [held_pairs[i] for i in np.random.default_rng(seed).permutation(len(held_pairs))[:eval_pairs]]
         (examples, kept, truncated), (held_out, _, _) = (tokenize(x, tokenizer, max_length, max_prompt_length, truncation) for x in (pairs, held_pairs))
         dropped, pairs = len(pairs) - len(examples), [pairs[i] for i in kept]
-        if not pairs and kept == [] and dropped == 0:
-            sys.exit("error: all pairs share one prompt, so none can be held out; name held-out pairs with --eval_data")
     if not examples or not held_out:
         sys.exit(f"error: every {'held-out' if examples else 'training'} pair was dropped: within --max_length={max_length} no two responses differ as tokens; "
                  "raise --max_length, or take a tokenizer that knows these words")
