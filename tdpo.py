@@ -1,17 +1,17 @@
 """Token-level Direct Preference Optimization (Zeng et al., ICML 2024, arXiv:2404.11999): the losses and the sequential KL.
 
-Paste this file into any trainer; it needs torch and nothing else. Read it from the top: `token_stats` is what one token
-contributes, `margin` and `preference_loss` are the paper's equations, `tdpo_loss` is the whole loss on ordinary logits,
-and `fused_tdpo_loss` gives the same numbers from hidden states, without ever holding the logits of a whole batch.
-Everything is in nats, and every sum runs over response tokens only: sums, never means.
+Paste this file into any trainer; it needs torch alone. From the top: `token_stats` is what one token contributes, `margin` and
+`preference_loss` are the paper's equations, `tdpo_loss` is the loss on ordinary logits, and `fused_tdpo_loss` gives the same numbers
+from hidden states, without ever holding a batch's logits. All in nats, all sums (never means) over response tokens only.
 """
 import torch
 import torch.nn.functional as F
 
 METHODS = ("dpo", "fdpo", "tdpo1", "tdpo2")
 STATS = ("loss", "logratio_w", "logratio_l", "kl_w", "kl_l", "rkl_w", "rkl_l")
-CHUNK_ROWS = 2048       # fused form: response tokens whose logits live at once; 2k-8k keeps the products efficient
+CHUNK_ROWS = 4096       # fused form: response tokens whose logits live at once (a quarter on a CPU); fewer re-read the weight too often
 COMPILE_VOCAB = 8192    # fused form: from this vocabulary on, compiling the elementwise part pays for itself
+_compiled = {}          # elementwise function -> its compiled form, or the function itself where compiling failed
 
 
 def token_stats(pi_logits, ref_logits, labels):
@@ -23,10 +23,10 @@ def token_stats(pi_logits, ref_logits, labels):
     Vocabulary entries masked with -inf in both logits add nothing.
     """
     wide = torch.promote_types(pi_logits.dtype, torch.float32)
-    logp = pi_logits.to(wide).log_softmax(-1)                  # never softmax().log(): 0 * -inf = NaN at gaps >= 104
-    logq = ref_logits.detach().to(wide).log_softmax(-1)
-    target = labels.clamp(min=0).unsqueeze(-1)
-    logratio = (logp.gather(-1, target) - logq.gather(-1, target)).squeeze(-1)
+    z, ref_z, target = pi_logits.to(wide), ref_logits.detach().to(wide), labels.clamp(min=0).unsqueeze(-1)
+    lse, ref_lse = z.logsumexp(-1, keepdim=True), ref_z.logsumexp(-1, keepdim=True)
+    logratio = (z.gather(-1, target) - lse - ref_z.gather(-1, target) + ref_lse).squeeze(-1)
+    logp, logq = z - lse, ref_z - ref_lse                       # never softmax().log(): 0 * -inf = NaN at gaps >= 104
     kl = _kl(logq, logp)                                                                                   # Eq. 10
     reverse_kl = _kl(logp.detach(), logq)
     response = labels != -100
@@ -84,8 +84,7 @@ def tdpo_loss(pi_logits, ref_logits, labels, yw_idx, yl_idx, beta=0.1, alpha=0.5
     return losses, {name: x.detach() for name, x in zip(STATS, stats)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The same loss in one pass over the vocabulary. A token enters the loss only through its pair's two sums, so a chunk of
+# Below: the same loss in one pass over the vocabulary. A token enters the loss only through its pair's two sums, so a chunk of
 # whole pairs knows its gradient as soon as those are summed: two products forward, two backward, nothing kept or recomputed.
 
 
@@ -94,101 +93,107 @@ def fused_tdpo_loss(hidden, weight, ref_hidden, ref_weight, labels, pair, chosen
 
     hidden, ref_hidden: (N, d), the states that predict labels (N,). weight, ref_weight: (V, d), the two output layers; a bias
     is one more column of weight beside a column of ones in hidden. pair: (N,) int, ascending from 0 to P - 1. chosen: (N,)
-    bool. Returns the loss (scalar, the mean over pairs) and stats as in `tdpo_loss`. pair and chosen may stay on the CPU,
-    which saves a wait for the device. The gradient, to hidden and weight alone, is taken in forward (backward only scales it),
-    so a second derivative is a RuntimeError. Under autocast the products take its dtype; logits and sums are fp32.
-    Raises ValueError for an unknown method, lengths that differ, or pairs out of order.
+    bool; both may stay on the CPU, which saves a wait for the device. Returns the loss (scalar, the mean over pairs) and stats as
+    in `tdpo_loss`. The gradient, to hidden and weight, is taken in forward: a second derivative is a RuntimeError. Under autocast
+    the products take its dtype; logits and sums are fp32. ValueError: an unknown method, lengths that differ, pairs out of order.
     """
     loss, *stats = _fused(hidden, weight, ref_hidden, ref_weight, labels, pair.cpu(), chosen.cpu(), beta, alpha, method)
     return loss, dict(zip(STATS, stats))
 
 
+def fused_sft_loss(hidden, weight, labels):
+    """Cross-entropy by the same road: its mean over the N tokens, and stats {"loss": (N,)}. Arguments and errors as above."""
+    loss, losses, *_ = _fused(hidden, weight, None, None, labels, token := torch.arange(len(labels)), token >= 0, 0, 0, None)
+    return loss, {"loss": losses}
+
+
 @torch.compiler.disable         # torch.compile works around it; what gains by compilation in here is compiled below
 def _fused(hidden, weight, ref_hidden, ref_weight, labels, pair, chosen, beta, alpha, method):
-    if not len(hidden) == len(ref_hidden) == len(labels) == len(pair) == len(chosen) > 0:
+    if not len(hidden) == len(labels) == len(pair) == len(chosen) == len(hidden if ref_hidden is None else ref_hidden) > 0:
         raise ValueError("hidden, ref_hidden, labels, pair and chosen need one entry for each of N > 0 response tokens")
-    if pair[0] != 0 or not ((steps := pair.diff()) >= 0).all() or not (steps <= 1).all():
+    if pair[0] != 0 or ((steps := pair.diff()) < 0).any() or (steps > 1).any():
         raise ValueError("pair must ascend from 0 to P - 1 without gaps; sort the tokens by pair first")
-    train = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _Fused.apply(hidden, weight, ref_hidden, ref_weight, labels, pair, chosen, beta, alpha, method, train)
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()
+    return _Fused.apply(hidden, weight, ref_hidden, ref_weight, labels, pair, chosen, beta, alpha, method)
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, ref_hidden, ref_weight, labels, pair, chosen, beta, alpha, method, train):
-        device, pairs = hidden.device.type, int(pair[-1]) + 1
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        if device != "cuda":    # elsewhere bf16 products round their result to bf16, and with it a KL of 3e-4 to 3e-3
-            dtype = torch.promote_types(dtype, torch.float32)
-        wide = torch.promote_types(dtype, torch.float32)
-        d_hidden = torch.zeros_like(hidden) if train and ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight, dtype=wide) if train and ctx.needs_input_grad[1] else None
-        stats = torch.empty(len(STATS), pairs, dtype=wide, device=hidden.device)
-        with torch.autocast(device, enabled=False):
-            w, ref_w = weight.to(dtype), ref_weight.to(dtype)
-            ends = torch.bincount(pair).cumsum(0).tolist()
+    def forward(ctx, hidden, weight, ref_hidden, ref_weight, labels, pair, chosen, beta, alpha, method):
+        device, pairs, sft = hidden.device.type, int(pair[-1]) + 1, ref_hidden is None
+        budget = CHUNK_ROWS if device == "cuda" else -(-CHUNK_ROWS // 4)
+        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        wide = torch.promote_types(low, torch.float32)
+        dtype = low if device == "cuda" else wide       # of what makes logits: rounded to bf16, they would turn a KL of 3e-4 into 3e-3.
+        precision = None if low == wide else "bf16"     # lets a CPU's fp32 products round their operands, not the result, to bf16
+        d_hidden = torch.zeros_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        with torch.autocast(device, enabled=False), torch.backends.mkldnn.flags(None, None, None, precision):
+            w, ref_w, w_low = weight.to(dtype), None if sft else ref_weight.to(dtype), weight.to(low)
+            ends = torch.bincount(pair).cumsum(0)
             slots = (2 * pair + chosen).to(hidden.device, non_blocking=True)     # two sums a pair: rejected, chosen
-            first = begin = 0
-            while first < pairs:
-                last = first                                                        # pairs first..last make a chunk
-                while last + 1 < pairs and ends[last + 1] - begin <= CHUNK_ROWS:
-                    last += 1
-                rows, p = slice(begin, ends[last]), last + 1 - first
-                h, y, slot = hidden[rows].to(dtype), labels[rows], slots[rows] - 2 * first
-                z, ref_z = _product(h, w.T, wide), _product(ref_hidden[rows].to(dtype), ref_w.T, wide)
-                tokens = torch.stack(_elementwise(token_stats, z, ref_z, y))
-                sums = tokens.new_zeros(3, 2 * p).index_add_(1, slot, tokens).view(3, p, 2)
+            stats, first, begin = [], 0, 0
+            while first < pairs:                                                    # pairs first..last - 1 make a chunk
+                last = max(first + 1, int(torch.searchsorted(ends, begin + budget, right=True)))
+                rows, p = slice(begin, int(ends[last - 1])), last - first
+                h, y, slot = hidden[rows], labels[rows], slots[rows] - 2 * first
+                z, ref_z = _product(h.to(dtype), w.T, wide), None if sft else _product(ref_hidden[rows].to(dtype), ref_w.T, wide)
+                *tokens, lse, ref_lse = _elementwise(_chunk_stats, z, ref_z, y)
+                sums = tokens[0].new_zeros(3, 2 * p).index_add_(1, slot, torch.stack(tokens)).view(3, p, 2)
                 with torch.enable_grad():                # the loss stays where it is written: preference_loss
                     x = sums[:2].detach().requires_grad_()
-                    losses = preference_loss(method, x[0, :, 1], x[0, :, 0], x[1, :, 1], x[1, :, 0], beta, alpha)
+                    losses = -x[0, :, 1] if sft else preference_loss(method, x[0, :, 1], x[0, :, 0], x[1, :, 1], x[1, :, 0], beta, alpha)
                     (g,) = torch.autograd.grad(losses.sum() / pairs, x)
-                stats[0, first:last + 1] = losses.detach()
-                stats[1:, first:last + 1] = sums.flip(-1).transpose(1, 2).reshape(6, p)
-                if train:
+                stats.append(torch.cat([losses.detach()[None], sums.flip(-1).transpose(1, 2).reshape(6, p)]))
+                if any(ctx.needs_input_grad):
                     g_logp, g_kl = g.view(2, 2 * p)[:, slot] * (y != -100)
-                    dz = _elementwise(_dlogits, z, ref_z, y, g_logp, g_kl).to(dtype)
-                    if d_hidden is not None:
-                        d_hidden[rows] = dz @ w
+                    dz = _elementwise(_dlogits, z, ref_z, y, lse, ref_lse, g_logp, g_kl, low)
+                    d_hidden[rows] = dz @ w_low
                     if d_weight is not None:             # fp32: rounding every chunk's share to bf16 biases training
-                        d_weight += _product(dz.T, h, wide)
-                first, begin = last + 1, ends[last]
+                        d_weight += _product(dz.T, h.to(low), wide)
+                first, begin = last, rows.stop
         ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
-        ctx.mark_non_differentiable(*(out := stats.unbind()))
-        return (stats[0].mean(), *out)
+        ctx.mark_non_differentiable(*(out := torch.cat(stats, 1).unbind()))
+        return (out[0].mean(), *out)
 
     @staticmethod
     def backward(ctx, grad, *_):
         if torch.is_grad_enabled():     # create_graph=True
-            raise RuntimeError("fused_tdpo_loss takes its gradient in forward: for a second derivative use tdpo_loss")
-        return *(None if x is None else x * grad for x in ctx.saved_tensors), *[None] * 9
+            raise RuntimeError("the fused losses take their gradient in forward: for a second derivative use tdpo_loss")
+        return *(None if x is None else x * grad for x in ctx.saved_tensors), *[None] * 8
 
 
-def _product(a, b, wide):
-    """a @ b, accumulated and returned in fp32 (fp64 for fp64 operands)."""
-    return a @ b if a.dtype == wide else torch.mm(a, b, out_dtype=wide)
+def _product(a, b, wide):       # a @ b, accumulated in fp32; bf16 operands give fp32 on CUDA alone
+    return torch.mm(a, b, out_dtype=wide) if a.is_cuda and a.dtype != wide else a @ b
 
 
-def _dlogits(z, ref_z, labels, g_logp, g_kl):
+def _chunk_stats(z, ref_z, labels):
+    """token_stats and both log-normalizers (n, 1), which the gradient needs again; log p(label) and zeros without a reference."""
+    lse = z.logsumexp(-1, keepdim=True)
+    if ref_z is None:
+        logp = -F.cross_entropy(z, labels, reduction="none")
+        return logp, torch.zeros_like(logp), torch.zeros_like(logp), lse, lse
+    return *token_stats(z, ref_z, labels), lse, ref_z.logsumexp(-1, keepdim=True)
+
+
+def _dlogits(z, ref_z, labels, lse, ref_lse, g_logp, g_kl, dtype):
     """d loss / d z = g_logp (onehot - p) + g_kl (p - q), (n, V); g_logp, g_kl (n,) are d loss / d of the token's two sums."""
-    p, q = z.softmax(-1), ref_z.softmax(-1)
+    p = (z - lse).exp()
     onehot = torch.arange(z.shape[-1], device=z.device) == labels[:, None]
-    return g_logp[:, None] * (onehot.to(p.dtype) - p) + g_kl[:, None] * (p - q)
-
-
-_compiled = {}      # function -> its compiled form, or the function itself where compiling failed
+    dz = g_logp[:, None] * (onehot.to(p.dtype) - p)
+    return (dz if ref_z is None else dz + g_kl[:, None] * (p - (ref_z - ref_lse).exp())).to(dtype)
 
 
 def _elementwise(fn, z, *rest):
     """fn(z, *rest), compiled for a large vocabulary: one sweep over the logits instead of a dozen temporaries of their size."""
-    if z.shape[-1] < COMPILE_VOCAB or _compiled.get(fn) is fn:
-        return fn(z, *rest)
-    try:
-        if fn not in _compiled:
-            _compiled[fn] = torch.compile(fn, dynamic=True)
-        return _compiled[fn](z, *rest)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:          # torch has no one exception for "no C++ compiler" or "no Triton"
-        print(f"torch.compile failed on {fn.__name__}, so it runs uncompiled (slower): {error}".split("\n")[0])
-        _compiled[fn] = fn
-        return fn(z, *rest)
+    if z.shape[-1] >= COMPILE_VOCAB and _compiled.get(fn) is not fn:
+        try:
+            _compiled[fn] = _compiled.get(fn) or torch.compile(fn, dynamic=True)
+            return _compiled[fn](z, *rest)
+        except Exception as error:      # torch has no one exception for "no C++ compiler" or "no Triton"
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            print(f"torch.compile failed on {fn.__name__}, so it runs uncompiled (slower): {error}".split("\n")[0])
+            _compiled[fn] = fn
+    return fn(z, *rest)
