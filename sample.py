@@ -20,8 +20,12 @@ import sys
 import numpy as np
 import torch
 import transformers
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from tdpo import token_stats
 
@@ -202,7 +206,7 @@ def tokenize_texts(texts, tokenizer, max_length):
 
 
 # -----------------------------------------------------------------------------
-# rows: several whole pairs in one row, each as [prompt | chosen | rejected], its prompt once
+# rows: several whole pairs in one row, each as [prompt | chosen | rejected], its prompt once; a row is what a forward pass takes
 
 
 def pack(lengths, row_length):
@@ -218,44 +222,79 @@ def pack(lengths, row_length):
     return rows
 
 
-def collate(examples, rows, row_length):
-    """Tensors of packed rows: ids, position, doc (pair of a token, -1 in padding) and part (0 prompt, 1 chosen, 2 rejected), each
-    (rows, row_length); and for the N response tokens source (index of the token that predicts it), labels, pair and chosen."""
-    ids, position, part = (np.zeros((len(rows), row_length), dtype=np.int64) for _ in range(3))
-    doc = np.full_like(ids, -1)
-    source, labels, pair, chosen = [], [], [], []
-    count = 0
-    for r, row in enumerate(rows):
-        at = 0
-        for i in row:
-            prompt = examples[i][0]
-            last = r * row_length + at + len(prompt) - 1                # predicts the first token of either response
-            for k, tokens in enumerate(examples[i]):
-                end = at + len(tokens)
-                ids[r, at:end], doc[r, at:end], part[r, at:end] = tokens, count, k
-                position[r, at:end] = np.arange(len(tokens)) + (len(prompt) if k else 0)
-                if k and tokens:
-                    source += [last, *range(r * row_length + at, r * row_length + end - 1)]
-                    labels += tokens
-                    pair += [count] * len(tokens)
-                    chosen += [k == 1] * len(tokens)
-                at = end
-            count += 1
-    batch = dict(ids=ids, position=position, doc=doc, part=part, source=source, labels=labels, pair=pair, chosen=chosen)
-    return {name: torch.as_tensor(x) for name, x in batch.items()}
+def collate(examples, indices, length=0, device="cpu", attention="pairs"):
+    """A row of whole pairs, padded to length, as tensors on the device: ids and position (1, L), and for the N response tokens source
+    (index of the token that predicts it), labels, and, on the CPU, pair and chosen; attention holds the body's arguments for it."""
+    ids, position, doc, part, source, labels, pair, chosen = ([] for _ in range(8))
+    for n, i in enumerate(indices):
+        prompt, last = len(examples[i][0]), len(ids) + len(examples[i][0]) - 1      # last predicts the first token of either response
+        for k, tokens in enumerate(examples[i]):
+            if k and tokens:
+                source += [last, *range(len(ids), len(ids) + len(tokens) - 1)]
+                labels += tokens
+                pair += [n] * len(tokens)
+                chosen += [k == 1] * len(tokens)
+            position += range(prompt if k else 0, (prompt if k else 0) + len(tokens))
+            part += [k] * len(tokens)
+            doc += [n] * len(tokens)
+            ids += tokens
+    sizes, padding = [sum(map(len, examples[i])) for i in indices], length - len(ids)
+    rows = {name: torch.tensor([x + [fill] * padding]).to(device, non_blocking=True)
+            for name, x, fill in (("ids", ids, 0), ("position", position, 0), ("doc", doc, -1), ("part", part, 0))}
+    tokens = {name: torch.tensor(x).to(device, non_blocking=True) for name, x in (("source", source), ("labels", labels))}
+    return dict(ids=rows["ids"], position=rows["position"], **tokens, pair=torch.tensor(pair), chosen=torch.tensor(chosen),
+                attention=row_attention(rows["doc"], rows["part"], sizes, attention))
 
 
 def attention_mask(doc, part):
-    """(rows, 1, L, L) bool: a token sees itself and what is before it in its own pair: the prompt and its own response."""
+    """(1, 1, L, L) bool of doc, the pair of each token, and part, 0 in a prompt, 1 in a chosen, 2 in a rejected response, each (1, L): a token
+    sees itself and what is before it in its own pair: the prompt and its own response."""
     causal = torch.ones(doc.shape[1], doc.shape[1], dtype=torch.bool, device=doc.device).tril()
-    same_pair = doc[:, :, None] == doc[:, None, :]
     visible = (part[:, None, :] == 0) | (part[:, :, None] == part[:, None, :])
-    return (causal & same_pair & visible)[:, None]
+    return (causal & (doc[:, :, None] == doc[:, None, :]) & visible)[:, None]
+
+
+def row_attention(doc, part, sizes, how):
+    """What the body takes in place of a padding mask: one for the row (dense), one for each pair (pairs), or FlexAttention's block mask (flex)."""
+    if how == "dense":
+        return {"attention_mask": attention_mask(doc, part)}
+    if how == "flex":
+        def mask(batch, head, q, k):
+            return (q >= k) & (doc[0, q] == doc[0, k]) & ((part[0, k] == 0) | (part[0, q] == part[0, k]))
+        pairs = create_block_mask(mask, None, None, doc.shape[1], doc.shape[1], device=doc.device)
+    else:
+        visible = (attention_mask(d, p)[0, 0] for d, p in zip(doc.split(sizes, 1), part.split(sizes, 1)))
+        pairs = sizes, [torch.zeros(x.shape, device=x.device).masked_fill(~x, -torch.inf) for x in visible]
+    return {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=doc.device), "pairs": pairs}      # so the model makes no mask of its own
+
+
+def pair_attention(module, query, key, value, attention_mask, pairs=None, scaling=None, **options):
+    """Attention for rows of pairs in any model that takes a registered function: (1, heads, L, D) each -> (1, L, heads, D), None.
+
+    On a GPU FlexAttention skips the blocks that the mask leaves out. On a CPU each pair attends by itself, in plain products, which take a
+    fraction of the time of torch's flash kernel on the whole row. Without packed rows it is transformers' sdpa.
+    """
+    if options.get("softcap") is not None or options.get("s_aux") is not None:
+        raise ValueError("its attention has softcapping or sinks, which only its own implementation computes")
+    if pairs is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    if isinstance(pairs, BlockMask):
+        return flex_attention_forward(module, query, key, value, pairs, scaling=scaling, **options)
+    (_, heads, _, D), groups, out = query.shape, key.shape[1], []
+    for q, k, v, mask in zip(*(x[0].split(pairs[0], 1) for x in (query, key, value)), pairs[1]):
+        q = q.reshape(groups, -1, D)                                            # the heads that share a key and value, one under another
+        scores = torch.baddbmm(mask.to(q.dtype).repeat(heads // groups, 1), q, k.transpose(1, 2), alpha=scaling or D**-0.5)
+        out.append((scores.softmax(-1) @ v).view(heads, -1, v.shape[-1]).transpose(0, 1))
+    return torch.cat(out)[None], None
+
+
+AttentionInterface.register("pair_attention", pair_attention)
+AttentionMaskInterface.register("pair_attention", sdpa_mask)
 
 
 def response_states(body, model, batch):
     """Hidden states (N, d) that predict the response tokens, and the output layer (V, d); a bias is one more column of each."""
-    out = body(input_ids=batch["ids"], attention_mask=attention_mask(batch["doc"], batch["part"]), position_ids=batch["position"], use_cache=False)
+    out = body(input_ids=batch["ids"], position_ids=batch["position"], use_cache=False, **batch["attention"])
     hidden, layer = out.last_hidden_state.flatten(0, 1)[batch["source"]], model.get_output_embeddings()
     if getattr(layer, "bias", None) is None:
         return hidden, layer.weight
@@ -335,16 +374,14 @@ def load_state(folder):
 
 
 @torch.no_grad()
-def check_model(model, name, examples):
-    """Ends the program unless packed rows and output layer give the logits that the model itself gives for separate sequences.
+def packing_error(model, examples, attention):
+    """What is wrong with rows of this model under this attention; "" where they give the logits that the model gives for separate sequences.
 
     That catches whatever this file does not know: scaled or softcapped logits, attention that ignores a mask, sliding windows shorter
     than these examples, recurrent layers.
     """
-    length = sum(len(part) for e in examples for part in e)
-    batch = {k: v.to(model.device) for k, v in collate(examples, [list(range(len(examples)))], length).items()}
     try:
-        hidden, weight = response_states(model.base_model, model, batch)
+        hidden, weight = response_states(model.base_model, model, collate(examples, range(len(examples)), 0, model.device, attention))
         n = 0
         for example in examples:
             for response in filter(None, example[1:]):
@@ -352,10 +389,23 @@ def check_model(model, name, examples):
                 expected = model(torch.tensor([example[0] + response[:-1]], device=model.device), use_cache=False).logits[0, -1].float()
                 gap = (hidden[n - 1].float() @ weight.T.float() - expected).abs().max() / expected.std().clamp(min=1e-6)
                 if not gap < 1e-2:
-                    raise ValueError(f"packed rows give other logits than separate sequences (off by {gap:.1g} standard deviations)")
+                    return f"packed rows give other logits than separate sequences (off by {gap:.1g} standard deviations)"
     except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
-        sys.exit(f"error: {name} ({type(model).__name__}) cannot be trained exactly here: {error}. Scaled or softcapped logits, recurrent layers and "
-                 "windows shorter than max_length are not supported")
+        return str(error)
+    return ""
+
+
+def choose_attention(models, examples, attention):
+    """That attention, or dense where one of the models [(name, model)] takes no registered function. Ends the program where neither is exact."""
+    for _, model in models:
+        model.set_attn_implementation("pair_attention")
+    for how in (attention, "dense"):
+        errors = [(name, model, error) for name, model in models if (error := packing_error(model, examples, how))]
+        if not errors:
+            return how
+    name, model, error = errors[0]
+    sys.exit(f"error: {name} ({type(model).__name__}) cannot be trained exactly here: {error}. Scaled or softcapped logits, recurrent layers and "
+             "windows shorter than max_length are not supported")
 
 
 def autocast(device, dtype):

@@ -22,22 +22,24 @@ def token_stats(pi_logits, ref_logits, labels):
     kl = KL(ref || pi), the forward KL of Eq. 10; reverse_kl = KL(pi || ref), which the paper's Figures 1 and 3 plot.
     Vocabulary entries masked with -inf in both logits add nothing.
     """
+    return _token_stats(pi_logits, ref_logits, labels)[:3]
+
+
+def _token_stats(pi_logits, ref_logits, labels):       # and both log-normalizers (..., 1), which the fused gradient needs again
     wide = torch.promote_types(pi_logits.dtype, torch.float32)
     z, ref_z, target = pi_logits.to(wide), ref_logits.detach().to(wide), labels.clamp(min=0).unsqueeze(-1)
     lse, ref_lse = z.logsumexp(-1, keepdim=True), ref_z.logsumexp(-1, keepdim=True)
-    logratio = (z.gather(-1, target) - lse - ref_z.gather(-1, target) + ref_lse).squeeze(-1)
+    logratio = ((z.gather(-1, target) - lse) - (ref_z.gather(-1, target) - ref_lse)).squeeze(-1)        # 0 where the models agree
     logp, logq = z - lse, ref_z - ref_lse                       # never softmax().log(): 0 * -inf = NaN at gaps >= 104
     kl = _kl(logq, logp)                                                                                   # Eq. 10
     reverse_kl = _kl(logp.detach(), logq)
     response = labels != -100
-    return tuple(torch.where(response, x, 0) for x in (logratio, kl, reverse_kl))
+    return *(torch.where(response, x, 0) for x in (logratio, kl, reverse_kl)), lse, ref_lse
 
 
 def _kl(logq, logp):
-    """KL(q || p) over the last axis as sum q (e^d - 1 - d), d = log p - log q, which is sum q log q / p as p and q both sum to 1.
-
-    No term is negative, so the first-order terms, far larger than a small KL, do not have to cancel in fp32.
-    """
+    """KL(q || p) over the last axis as sum q (e^d - 1 - d), d = log p - log q, which is sum q log q / p as p and q both sum to 1:
+    no term is negative, so the first-order terms, far larger than a small KL, do not have to cancel in fp32."""
     p, q, d = logp.exp(), logq.exp(), logp - logq
     small = d.abs() < 1
     x = torch.where(small, d, 0)        # keeps expm1, and its gradient, finite
@@ -46,9 +48,7 @@ def _kl(logq, logp):
 
 def margin(method, logratio_w, logratio_l, kl_w, kl_l, beta=0.1, alpha=0.5):
     """beta * v (P,), the argument of the sigmoid. logratio_*, kl_*: (P,) sums over the chosen (w) and rejected (l) responses.
-
-    Raises ValueError for a method that is not one of METHODS.
-    """
+    Raises ValueError for a method that is not one of METHODS."""
     if method == "dpo":
         v = logratio_w - logratio_l                                            # Rafailov et al. 2023, Eq. 7
     elif method == "fdpo":      # f-DPO with forward KL, the FKL row of Table 1 (Wang et al. 2024); e^80 is safe in fp32
@@ -139,7 +139,7 @@ class _Fused(torch.autograd.Function):
                 rows, p = slice(begin, int(ends[last - 1])), last - first
                 h, y, slot = hidden[rows], labels[rows], slots[rows] - 2 * first
                 z, ref_z = _product(h.to(dtype), w.T, wide), None if sft else _product(ref_hidden[rows].to(dtype), ref_w.T, wide)
-                *tokens, lse, ref_lse = _elementwise(_chunk_stats, z, ref_z, y)
+                *tokens, lse, ref_lse = _elementwise(_sft_stats, z, y) if sft else _elementwise(_token_stats, z, ref_z, y)
                 sums = tokens[0].new_zeros(3, 2 * p).index_add_(1, slot, torch.stack(tokens)).view(3, p, 2)
                 with torch.enable_grad():                # the loss stays where it is written: preference_loss
                     x = sums[:2].detach().requires_grad_()
@@ -168,13 +168,9 @@ def _product(a, b, wide):       # a @ b, accumulated in fp32; bf16 operands give
     return torch.mm(a, b, out_dtype=wide) if a.is_cuda and a.dtype != wide else a @ b
 
 
-def _chunk_stats(z, ref_z, labels):
-    """token_stats and both log-normalizers (n, 1), which the gradient needs again; log p(label) and zeros without a reference."""
-    lse = z.logsumexp(-1, keepdim=True)
-    if ref_z is None:
-        logp = -F.cross_entropy(z, labels, reduction="none")
-        return logp, torch.zeros_like(logp), torch.zeros_like(logp), lse, lse
-    return *token_stats(z, ref_z, labels), lse, ref_z.logsumexp(-1, keepdim=True)
+def _sft_stats(z, labels):      # _token_stats without a reference: log p(label), no divergences, the log-normalizer
+    logp = -F.cross_entropy(z, labels, reduction="none")
+    return logp, torch.zeros_like(logp), torch.zeros_like(logp), z.logsumexp(-1, keepdim=True), None
 
 
 def _dlogits(z, ref_z, labels, lse, ref_lse, g_logp, g_kl, dtype):

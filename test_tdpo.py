@@ -107,7 +107,7 @@ def test_tdpo2_at_alpha_0_is_dpo():
 
 @pytest.mark.parametrize("method", tdpo.METHODS)
 def test_equal_models_give_log_2_and_no_divergence(method):
-    pi, _, labels, yw, yl = random_case()
+    pi, _, labels, yw, yl = random_case(T=50, V=300)
     losses, stats = tdpo.tdpo_loss(pi.float(), pi.float().clone(), labels, yw, yl, BETA, ALPHA, method)
     assert losses.tolist() == pytest.approx([math.log(2)] * 3, abs=1e-7)
     for name in ("kl_w", "kl_l", "rkl_w", "rkl_l", "logratio_w", "logratio_l"):
@@ -284,7 +284,7 @@ def test_fused_compiles_its_elementwise_part_and_says_so_where_it_cannot(monkeyp
     monkeypatch.setattr(tdpo, "COMPILE_VOCAB", 1)
     compiled = torch._dynamo.utils.counters["frames"]["ok"]
     assert torch.allclose(torch.autograd.grad(tdpo.fused_tdpo_loss(*case, BETA, ALPHA)[0], case[0])[0], expected, atol=1e-6)
-    assert tdpo._compiled[tdpo._chunk_stats] is not tdpo._chunk_stats and torch._dynamo.utils.counters["frames"]["ok"] >= compiled + 2
+    assert tdpo._compiled[tdpo._token_stats] is not tdpo._token_stats and torch._dynamo.utils.counters["frames"]["ok"] >= compiled + 2
     outer = torch.compile(lambda *x: tdpo.fused_tdpo_loss(*x, BETA, ALPHA)[0] * 2)
     assert torch.allclose(torch.autograd.grad(outer(*case), case[0])[0], 2 * expected, atol=1e-6)
     assert torch.allclose(torch.autograd.grad(torch.compile(tdpo.fused_tdpo_loss)(*case, BETA, ALPHA)[0], case[0])[0], expected, atol=1e-6)
@@ -296,7 +296,7 @@ def test_fused_compiles_its_elementwise_part_and_says_so_where_it_cannot(monkeyp
     assert torch.equal(torch.autograd.grad(tdpo.fused_tdpo_loss(*case, BETA, ALPHA)[0], case[0])[0], expected)
     tdpo.fused_tdpo_loss(*case)
     said = capsys.readouterr().out
-    assert said.count("_chunk_stats, so it runs uncompiled (slower): no working compiler") == 1 and said.count("_dlogits") == 1
+    assert said.count("_token_stats, so it runs uncompiled (slower): no working compiler") == 1 and said.count("_dlogits") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,18 +322,26 @@ def examples_of(seed=0, n=5, V=61):
     return [tuple(rng.integers(0, V, k).tolist() for k in rng.integers(2, 9, 3)) for _ in range(n)]
 
 
+@pytest.mark.parametrize("attention", ("pairs", "dense"))
 @pytest.mark.parametrize("name", CONFIGS)
-def test_packed_rows_equal_separate_sequences(name):
+def test_packed_rows_equal_separate_sequences(name, attention):
     """Loss and the gradient of every parameter: packed rows and the fused loss against padded rows and the unfused loss."""
     model, ref, examples = tiny(name), tiny(name, 1), examples_of()
+    for m in (model, ref):
+        m.set_attn_implementation("pair_attention")
     rows = sample.pack([sum(map(len, e)) for e in examples], 40)
     assert sorted(sum(rows, [])) == [0, 1, 2, 3, 4] and max(map(len, rows)) > 1
-    batch = sample.collate(examples, rows, 40)
-    states = [sample.response_states(m.base_model, m, batch) for m in (model, ref)]
-    loss, stats = tdpo.fused_tdpo_loss(*states[0], *(x.detach() for x in states[1]), batch["labels"], batch["pair"], batch["chosen"], BETA, ALPHA)
-    loss.backward()
+    found = []
+    for row in rows:
+        batch = sample.collate(examples, row, 40 if attention == "dense" else 0, "cpu", attention)
+        states = [sample.response_states(m.base_model, m, batch) for m in (model, ref)]
+        loss, stats = tdpo.fused_tdpo_loss(*states[0], *(x.detach() for x in states[1]), batch["labels"], batch["pair"], batch["chosen"], BETA, ALPHA)
+        (loss * len(row) / len(examples)).backward()
+        found.append(stats)
+    stats = {key: torch.cat([x[key] for x in found]) for key in tdpo.STATS}
     packed = {k: p.grad.clone() for k, p in model.named_parameters()}
     model.zero_grad()
+    model.set_attn_implementation("sdpa"), ref.set_attn_implementation("sdpa")
 
     order = sum(rows, [])
     sequences = [(examples[i][0], examples[i][k]) for i in order for k in (1, 2)]
@@ -350,19 +358,37 @@ def test_packed_rows_equal_separate_sequences(name):
         assert torch.allclose(packed[key], p.grad, atol=2e-6), key
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_flex_attention_gives_the_same_states(name, monkeypatch):
+    """Forward only: FlexAttention has no backward on a CPU. Uncompiled, as compiling it for a CPU would only test another kernel."""
+    from torch.nn.attention.flex_attention import flex_attention
+    from transformers.integrations import flex_attention as integration
+    calls = []
+    monkeypatch.setattr(integration, "compile_friendly_flex_attention", lambda *x, training=False, **options: calls.append(1) or flex_attention(*x, **options))
+    model, examples = tiny(name), examples_of()
+    model.set_attn_implementation("pair_attention")
+    with torch.no_grad():
+        flex, dense = (sample.response_states(model.base_model, model, sample.collate(examples, range(5), 128, "cpu", how))[0] for how in ("flex", "dense"))
+    assert torch.allclose(flex, dense, atol=2e-6) and len(calls) == 2
+
+
 def test_models_that_packed_rows_cannot_serve_are_refused():
     examples = examples_of()
+    choose = lambda model, name="it": sample.choose_attention([(name, model)], examples, "pairs")
     for name in CONFIGS:
-        sample.check_model(tiny(name), name, examples)
+        assert choose(tiny(name)) == "pairs"
     mistral = lambda window: AutoModelForCausalLM.from_config(MistralConfig(**SIZES, intermediate_size=48, num_key_value_heads=2, sliding_window=window)).eval()
-    sample.check_model(mistral(32), "wide window", examples)
+    assert choose(mistral(32)) == "pairs"
     with pytest.raises(SystemExit, match="narrow window.*cannot be trained exactly"):
-        sample.check_model(mistral(3), "narrow window", examples)
-    from transformers import CohereConfig, Gemma2Config, MambaConfig
+        choose(mistral(3), "narrow window")
+    from transformers import CohereConfig, FalconConfig, Gemma2Config, Gemma3TextConfig, MambaConfig
+    gemma = dict(**SIZES, intermediate_size=48, num_key_value_heads=2, head_dim=8)
+    assert choose(AutoModelForCausalLM.from_config(Gemma3TextConfig(**gemma)).eval()) == "pairs"
+    assert choose(AutoModelForCausalLM.from_config(FalconConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)).eval()) == "dense"
     for config in (CohereConfig(**SIZES, intermediate_size=48, logit_scale=0.5), MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=1),
-                   Gemma2Config(**SIZES, intermediate_size=48, num_key_value_heads=2, head_dim=8, final_logit_softcapping=1.0)):
+                   Gemma2Config(**gemma, final_logit_softcapping=1.0), Gemma2Config(**gemma, final_logit_softcapping=None, attn_logit_softcapping=5.0)):
         with pytest.raises(SystemExit, match="cannot be trained exactly"):
-            sample.check_model(AutoModelForCausalLM.from_config(config).eval(), config.model_type, examples)
+            choose(AutoModelForCausalLM.from_config(config).eval())
 
 
 def test_an_output_bias_is_honoured():
@@ -370,7 +396,7 @@ def test_an_output_bias_is_honoured():
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(PhiConfig(**SIZES, intermediate_size=48)).eval()
     torch.nn.init.normal_(model.lm_head.bias)
-    sample.check_model(model, "phi", examples_of())
+    assert sample.choose_attention([("phi", model)], examples_of(), "pairs") == "pairs"
 
 
 def test_pack_is_within_bounds_and_a_step_takes_each_pair_once_an_epoch():

@@ -11,6 +11,7 @@
 Paper: Token-level Direct Preference Optimization, Zeng et al., ICML 2024, arXiv:2404.11999. The loss is in tdpo.py.
 """
 import argparse
+import ctypes
 import difflib
 import functools
 import importlib.util
@@ -49,7 +50,7 @@ min_score_gap = 0.1         # pairs whose rewards differ by no more are dropped
 # optimization (the paper's values)
 max_steps = 0               # 0 is one pass over the pairs
 batch_size = 64             # pairs a step
-micro_tokens = 8192         # tokens a forward pass; changes no result; lower it when memory runs out
+micro_tokens = 0            # tokens a forward pass; 0 is 8192 on cuda, 1024 elsewhere; changes no result; lower it when memory runs out
 optimizer = "rmsprop"       # rmsprop or adamw
 learning_rate = 5e-6        # constant after the warm-up
 warmup_steps = 150          # linear
@@ -71,7 +72,7 @@ compile = "auto"            # torch.compile the model: auto (on cuda), True or F
 METHODS = ("sft", "dpo", "fdpo", "tdpo1", "tdpo2")
 TASKS = ("reviews", "imdb")
 PRESETS = {     # what a task sets in place of the defaults above; an explicit option wins over either
-    "reviews": dict(init_from="scratch", reward="exact", texts="", max_length=112, max_prompt_length=16, max_new_tokens=96, train_prefixes=256,
+    "reviews": dict(init_from="scratch", reward="exact", texts="", max_length=112, max_prompt_length=16, max_new_tokens=96, train_prefixes=256, micro_tokens=8192,
                     max_steps=250, learning_rate=1e-4, warmup_steps=20, eval_interval=50, save_interval=0, log_interval=10, device="cpu"),
     "reviews sft": dict(max_length=128, max_steps=300, optimizer="adamw", learning_rate=3e-3, grad_clip=1.0, eval_interval=100, log_interval=50),
     "imdb": dict(init_from="insub/gpt2-large-IMDb-fine-tuned", max_length=128, max_prompt_length=32),
@@ -124,8 +125,8 @@ def configure(argv):
                               compile=("auto", "True", "False"), device=("auto", "cuda", "mps", "cpu")).items():
         if getattr(c, name) not in allowed:
             wrong.append(f"--{name}={getattr(c, name)}: it is one of {', '.join(allowed)}{near(getattr(c, name), allowed)}")
-    for name, least in dict(alpha=0, min_score_gap=0, max_steps=0, warmup_steps=0, grad_clip=0, eval_interval=0, save_interval=0, seed=0, log_interval=1,
-                            eval_pairs=1, batch_size=1, max_prompt_length=1, train_prefixes=1, max_new_tokens=1, micro_tokens=1, eval_prefixes=2,
+    for name, least in dict(alpha=0, min_score_gap=0, micro_tokens=0, max_steps=0, warmup_steps=0, grad_clip=0, eval_interval=0, save_interval=0, seed=0, log_interval=1,
+                            eval_pairs=1, batch_size=1, max_prompt_length=1, train_prefixes=1, max_new_tokens=1, eval_prefixes=2,
                             completions=2, max_length=2).items():
         if getattr(c, name) < least:
             wrong.append(f"--{name}={getattr(c, name)}: it must be at least {least}")
@@ -177,18 +178,16 @@ if __name__ == "__main__":      # before the imports below, so that a typing mis
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import eval_imdb
-from sample import (DEVICES, autocast, check_model, collate, load_model, load_reference, load_state, pack, read_pairs, response_states, save,
+from sample import (DEVICES, autocast, choose_attention, collate, load_model, load_reference, load_state, pack, read_pairs, response_states, save,
                     tokenize, tokenize_texts)
-from tdpo import fused_tdpo_loss, margin
+from tdpo import fused_sft_loss, fused_tdpo_loss, margin
 
 
 # -----------------------------------------------------------------------------
-# steps, metrics, the loss of SFT
+# steps, metrics
 
 
 @functools.lru_cache(2)
@@ -211,13 +210,6 @@ def preference_metrics(stats, method, beta, alpha):
     return {name: x.float().mean() for name, x in columns.items()}
 
 
-def sft_loss(hidden, weight, labels, rows=2048):
-    """Cross-entropy, its mean over tokens (N,) and stats {"loss": (N,)}; the logits of `rows` tokens live at once, recomputed in backward."""
-    entropy = lambda h, y: F.cross_entropy((h @ weight.T).float(), y, reduction="none")
-    losses = torch.cat([checkpoint(entropy, h, y, use_reentrant=False) for h, y in zip(hidden.split(rows), labels.split(rows))])
-    return losses.mean(), {"loss": losses.detach()}
-
-
 def peak_gib(device):
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
@@ -236,6 +228,8 @@ if __name__ == "__main__":
     dtype = ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype
     compile = compile == "True" or compile == "auto" and device == "cuda"
     torch.manual_seed(seed)
+    if device == "cpu" and hasattr(libc := ctypes.CDLL(None if sys.platform != "win32" else "msvcrt"), "mallopt"):
+        libc.mallopt(-3, 1 << 25), libc.mallopt(-1, 2**31 - 1)      # glibc keeps freed buffers (up to 32 MiB): a tenth of a step goes into fresh pages
 
     # -------------------------------------------------------------------------
     # policy and reference
@@ -285,16 +279,17 @@ if __name__ == "__main__":
     if sft:
         examples, held_out = ([(p, c, []) for p, c, _ in x] for x in (examples, held_out))
     sizes = [[sum(map(len, e)) for e in x] for x in (examples, held_out)]
-    least = -(-max(128, *sizes[0], *sizes[1]) // 64) * 64       # the row length that leaves the least padding; attention prefers a short one
-    row_length = min(range(least, 3 * least, 64), key=lambda n: n * len(pack(sizes[0][:512], n)) * (1 + n / 2**14))
-    rows = 1.05 * batch_size * np.mean(sizes[0]) / row_length                   # a step's, spread evenly over as few passes as micro_tokens allows
-    rows_a_pass = math.ceil(rows / math.ceil(rows / max(1, micro_tokens // row_length)))
     longest = examples[int(np.argmax([len(p) + max(len(w), len(l)) for p, w, l in examples]))]
-    for m, name in ((model, init_from), *([(ref, ref_from)] if ref_from and not sft else [])):
-        check_model(m, name, [examples[0], longest])
+    attention = choose_attention([(init_from, model)] + ([] if sft else [(ref_from or "the reference", ref)]), [examples[0], longest],
+                                 "flex" if device == "cuda" else "dense" if compile else "pairs")
+    micro_tokens, row_length = max(micro_tokens or (8192 if device == "cuda" else 1024), *sizes[0], *sizes[1]), 0
+    if attention != "pairs":    # rows of one length: the one that costs least in some steps, with a pass's overhead, and dense attention's square
+        some = [[sizes[0][i] for i in step_indices(k, batch_size, len(examples), seed)] for k in range(16)]
+        cost = lambda n: sum(len(pack(x, n)) for x in some) * (n + 256 + (n * n / 1600 if attention == "dense" else 0))
+        micro_tokens = row_length = min(range(-(-max(*sizes[0], *sizes[1]) // 128) * 128, micro_tokens + 128, 128), key=cost)
     if resume:
         state = load_state(out_dir)
-        model = load_model(out_dir, device)[0]
+        model.load_state_dict(load_model(out_dir, device)[0].state_dict())
 
     # -------------------------------------------------------------------------
     # optimizer
@@ -316,12 +311,12 @@ if __name__ == "__main__":
     peaks = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12}        # dense bf16 FLOP/s, NVIDIA's data sheets
     peak = next((x for name, x in peaks.items() if device == "cuda" and name in torch.cuda.get_device_name()), None)
     tokens, saved = sum(sizes[0]), 0 if sft else sum(len(e[0]) for e in examples)
-    full = sum(sizes[0][:512]) / len(pack(sizes[0][:512], row_length)) / row_length
+    full = sum(sizes[0][:4096]) / len(pack(sizes[0][:4096], micro_tokens)) / micro_tokens
     noun = "texts" if sft else "pairs"
     print(f"{noun}: {len(examples)} to train on, {len(held_out)} held out; {truncated} truncated, {dropped} dropped\n"
-          f"rows: about {math.ceil(tokens / full / row_length)} of {row_length} tokens, {full:.0%} full; shared prompts save {saved} of {tokens + saved} tokens\n"
-          f"step: {batch_size} {noun}, about {batch_size * tokens // len(examples)} tokens in passes of {rows_a_pass} rows; {max_steps} steps, "
-          f"{max_steps * batch_size / len(examples):.1f} epochs\n"
+          f"rows: {f'of {row_length} tokens, {full:.0%} full' if row_length else f'of up to {micro_tokens} tokens, without padding'}; shared prompts "
+          f"save {saved} of {tokens + saved} tokens; attention {attention}\n"
+          f"step: {batch_size} {noun}, about {batch_size * tokens // len(examples)} tokens; {max_steps} steps, {max_steps * batch_size / len(examples):.1f} epochs\n"
           f"policy: {init_from}, {n_params / 1e6:.1f}M parameters, vocabulary {len(layer)}; reference: {'none' if sft else ref_from or 'a frozen copy'}\n"
           f"run: {method}{f', alpha {alpha}' if method == 'tdpo2' else ''}{'' if sft else f', beta {beta}'}, seed {seed}, device {device}, dtype {dtype}, "
           f"compile {compile}{' (slow first steps)' if compile else ''}, torch {torch.__version__}; into {out_dir}", flush=True)
@@ -347,21 +342,19 @@ if __name__ == "__main__":
         wandb.init(project="tdpo", name=os.path.basename(out_dir), config=options, dir=out_dir)
 
     # -------------------------------------------------------------------------
-    # one pass over some rows, for training and for evaluation
+    # one pass over a row, for training and for evaluation
     def passes(indices, examples):
-        """The micro-batches of a step: (indices of its pairs, tensors on the device)."""
-        rows = pack([sum(map(len, examples[i])) for i in indices], row_length)
-        for k in range(n := -(-len(rows) // rows_a_pass)):
-            some = [[indices[i] for i in row] for row in rows[k::n]]
-            batch = collate(examples, some + [[]] * (rows_a_pass - len(some) if compile else 0), row_length)        # compiled for one shape
-            yield sum(some, []), {name: x if name in ("pair", "chosen") else x.to(device, non_blocking=True) for name, x in batch.items()}
+        """The rows of a step: (indices of its pairs, tensors on the device)."""
+        for row in pack([sum(map(len, examples[i])) for i in indices], micro_tokens):
+            row = [indices[i] for i in row]
+            yield row, collate(examples, row, row_length, device, attention)
 
     def forward(batch):
         """The loss, a mean over the pass's pairs (sft: tokens), and stats, a value a pair."""
         with autocast(device, dtype):
             hidden, weight = response_states(body, model, batch)
             if sft:
-                return sft_loss(hidden, weight, batch["labels"])
+                return fused_sft_loss(hidden, weight, batch["labels"])
             with torch.no_grad():
                 ref_hidden, ref_weight = response_states(ref_body, ref, batch)
             return fused_tdpo_loss(hidden, weight, ref_hidden, ref_weight, *(batch[x] for x in ("labels", "pair", "chosen")), beta, alpha, method)
@@ -398,6 +391,7 @@ if __name__ == "__main__":
     speeds = []
     if not resume:
         evaluate()
+    upcoming = list(passes(step_indices(step, batch_size, len(examples), seed), examples))
     while step < max_steps:
         began = time.perf_counter()
         for group in optimizer.param_groups:
@@ -407,11 +401,12 @@ if __name__ == "__main__":
             count = sum(len(examples[i][1]) for i in indices)
         optimizer.zero_grad(set_to_none=True)
         stats, members = [], []
-        for some, batch in passes(indices, examples):
+        for some, batch in upcoming:
             loss, s = forward(batch)
             (loss * len(s["loss"]) / (count if sft else batch_size)).backward()     # the step's loss is one mean, however its pairs are packed
             stats.append(s)
             members += some
+        upcoming = list(passes(step_indices(step + 1, batch_size, len(examples), seed), examples))      # packed while the device still works
         found = means(stats)
         found["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         found = dict(zip(found, torch.stack(list(found.values())).tolist()))        # the step's one wait for the device
