@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 METHODS = ("dpo", "fdpo", "tdpo1", "tdpo2")
 STATS = ("loss", "logratio_w", "logratio_l", "kl_w", "kl_l", "rkl_w", "rkl_l")
-CHUNK_ROWS = 4096       # fused form: response tokens whose logits live at once (a quarter on a CPU); fewer re-read the weight too often
+CHUNK_ROWS = 4096       # fused form: response tokens whose logits live at once (an eighth on a CPU); fewer re-read the weight too often
 COMPILE_VOCAB = 8192    # fused form: from this vocabulary on, compiling the elementwise part pays for itself
 _compiled = {}          # elementwise function -> its compiled form, or the function itself where compiling failed
 
@@ -122,7 +122,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, ref_hidden, ref_weight, labels, pair, chosen, beta, alpha, method):
         device, pairs, sft = hidden.device.type, int(pair[-1]) + 1, ref_hidden is None
-        budget = CHUNK_ROWS if device == "cuda" else -(-CHUNK_ROWS // 4)
+        budget = CHUNK_ROWS if device == "cuda" else -(-CHUNK_ROWS // 8)
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         wide = torch.promote_types(low, torch.float32)
         dtype = low if device == "cuda" else wide       # of what makes logits: rounded to bf16, they would turn a KL of 3e-4 into 3e-3.
@@ -149,9 +149,11 @@ class _Fused(torch.autograd.Function):
                 if any(ctx.needs_input_grad):
                     g_logp, g_kl = g.view(2, 2 * p)[:, slot] * (y != -100)
                     dz = _elementwise(_dlogits, z, ref_z, y, lse, ref_lse, g_logp, g_kl, low)
+                    del z, ref_z                         # room for the products
                     d_hidden[rows] = dz @ w_low
                     if d_weight is not None:             # fp32: rounding every chunk's share to bf16 biases training
                         d_weight += _product(dz.T, h.to(low), wide)
+                    del dz
                 first, begin = last, rows.stop
         ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
         ctx.mark_non_differentiable(*(out := torch.cat(stats, 1).unbind()))

@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+import time
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
@@ -200,10 +201,10 @@ def unfused(hidden, weight, ref_hidden, ref_weight, labels, pair, chosen, beta, 
     return tdpo.tdpo_loss(logits, ref_logits, rows, torch.arange(0, 2 * P, 2), torch.arange(1, 2 * P, 2), beta, alpha, method)
 
 
-@pytest.mark.parametrize("rows", (1, 9, 1024))
+@pytest.mark.parametrize("rows", (1, 9, 512))
 @pytest.mark.parametrize("method", tdpo.METHODS)
 def test_fused_equals_unfused(method, rows, monkeypatch):
-    monkeypatch.setattr(tdpo, "CHUNK_ROWS", 4 * rows)
+    monkeypatch.setattr(tdpo, "CHUNK_ROWS", 8 * rows)
     case = fused_case()
     losses, expected_stats = unfused(*case, BETA, ALPHA, method)
     loss, stats = tdpo.fused_tdpo_loss(*case, BETA, ALPHA, method)
@@ -640,6 +641,19 @@ def test_micro_batches_change_no_number(runs, method):
             assert x[name] == pytest.approx(y[name], rel=2e-4, abs=2e-6), name
 
 
+def test_the_model_is_compiled_once(runs):
+    """Every later step reuses the graphs of the first: rows have one shape. The losses are those of the uncompiled run."""
+    graphs, logs = [], []
+    for n in (1, 12):
+        torch._dynamo.reset()
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        logs.append(log_of(train_on_pairs(runs, f"compiled{n}", "--compile=True", "--micro_tokens=128", f"--max_steps={n}")))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"] - before)
+    assert graphs[0] == graphs[1] > 0, graphs
+    plain = log_of(train_on_pairs(runs, "not-compiled", "--micro_tokens=128", "--max_steps=12"))
+    assert [x["loss"] for x in logs[1] if "loss" in x] == pytest.approx([x["loss"] for x in plain if "loss" in x], rel=1e-4)
+
+
 def test_every_method_trains_and_an_interrupted_save_leaves_the_last_one(runs, monkeypatch):
     for method in train.METHODS:
         folder = train_on_pairs(runs, "only-" + method, f"--method={method}", "--max_steps=6")
@@ -808,3 +822,117 @@ def test_readme_names_options_that_exist():
     assert named <= known and len(named) > 15, named - known
     assert len(readme.splitlines()) <= 250
     assert len(open(os.path.join(HERE, "tdpo.py")).readlines()) < 200
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python test_tdpo.py: time, memory and error of the loss layer, forward and backward under bf16 autocast, each form in a process of its own
+
+
+def bench_case(N, V, d, device):
+    """N response tokens in pairs of 2 x 64, fp32 weights, a policy a little off its reference."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight, token = torch.randn(N, d, generator=g), torch.randn(V, d, generator=g) * 2 / d**0.5, torch.arange(N)
+    ref_hidden, labels = hidden + 0.05 * torch.randn(N, d, generator=g), torch.randint(0, V, (N,), generator=g)
+    case = [x.to(device) for x in (hidden, weight, ref_hidden, weight, labels)]
+    return [case[0].requires_grad_(), case[1].clone().requires_grad_(), *case[2:], token // 128, token % 128 < 64]
+
+
+def by_sequence(tokens, pair, chosen):
+    """Per-token values to (chosen, rejected) sums, each (P,)."""
+    slot = (2 * pair + ~chosen).to(tokens.device)
+    return tokens.new_zeros(2 * int(pair[-1]) + 2).index_add(0, slot, tokens).view(-1, 2).unbind(1)
+
+
+def bench_listing(hidden, weight, ref_hidden, ref_weight, labels, pair, chosen):
+    """The paper's Appendix B, mended: every tensor of N x V whole, sums over sequences, the stop-gradient of Eq. 18."""
+    logps, ref_logps = (hidden @ weight.T).float().log_softmax(-1), (ref_hidden @ ref_weight.T).float().log_softmax(-1)
+    kl_w, kl_l = by_sequence((ref_logps.exp() * (ref_logps - logps)).sum(-1), pair, chosen)
+    ratio_w, ratio_l = by_sequence((logps - ref_logps).gather(1, labels[:, None])[:, 0], pair, chosen)
+    return -torch.nn.functional.logsigmoid(0.1 * (ratio_w - ratio_l - 0.5 * (kl_l - kl_w.detach()))).mean(), kl_l
+
+
+def bench_unfused(hidden, weight, ref_hidden, ref_weight, labels, pair, chosen):
+    logratio, kl, _ = tdpo.token_stats(hidden @ weight.T, ref_hidden @ ref_weight.T, labels)
+    (ratio_w, ratio_l), (kl_w, kl_l) = by_sequence(logratio, pair, chosen), by_sequence(kl, pair, chosen)
+    return tdpo.preference_loss("tdpo2", ratio_w, ratio_l, kl_w, kl_l).mean(), kl_l
+
+
+def bench_fused(*case):
+    loss, stats = tdpo.fused_tdpo_loss(*case)
+    return loss, stats["kl_l"]
+
+
+def bench_products(hidden, weight, ref_hidden, ref_weight, *_):
+    """The floor: the fused form's four products alone, in its chunks and dtypes."""
+    cuda = hidden.is_cuda
+    rows = tdpo.CHUNK_ROWS if cuda else tdpo.CHUNK_ROWS // 8
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False), torch.backends.mkldnn.flags(None, None, None, "bf16"):
+        low, h_low, r_low = weight.bfloat16(), hidden.bfloat16(), ref_hidden.bfloat16()
+        w, h, r = (low, h_low, r_low) if cuda else (weight, hidden, ref_hidden)
+        d_weight = torch.zeros_like(weight)
+        for part, ref_part, low_part in zip(h.split(rows), r.split(rows), h_low.split(rows)):
+            dz = tdpo._product(part, w.T, torch.float32).bfloat16()
+            tdpo._product(ref_part, w.T, torch.float32)
+            dz @ low
+            d_weight += tdpo._product(dz.T, low_part, torch.float32)
+
+
+def memory(device, reset=False):
+    """Peak memory in GiB since the last reset; a reset returns what is held now. On Linux the kernel keeps a process's peak and can reset it."""
+    if device == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated() / 2**30
+    if reset:
+        open("/proc/self/clear_refs", "w").write("5")
+    return int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) / 2**20
+
+
+def bench_one(form, N, V, d):
+    """{"seconds", "gib", "kl_error", "grad_error"}: the median of 3 runs after a warm-up, extra peak memory, and errors against float64."""
+    device, times, result = sample.DEVICES[0], [], None
+    run, case = globals()["bench_" + form], bench_case(N, V, d, device)
+
+    def once(case):
+        with torch.autocast(device, torch.bfloat16):
+            result = run(*case)
+        grads = torch.autograd.grad(result[0], case[:2]) if result else None
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return result, grads
+    once([x[:256] if len(x) == N else x for x in case])         # compiles, so that compiling does not count as memory
+    before = memory(device, reset=True)
+    for _ in range(4):
+        result = grads = None
+        began = time.perf_counter()
+        result, grads = once(case)
+        times.append(time.perf_counter() - began)
+    report = dict(seconds=float(np.median(times[1:])), gib=memory(device) - before, kl_error=None, grad_error=None)
+    if result:
+        exact = [x.detach().double() if x.is_floating_point() else x for x in case]
+        exact[0].requires_grad_()
+        loss, stats = tdpo.fused_tdpo_loss(*exact)              # in float64; it equals the slow loop in the tests
+        (expected,) = torch.autograd.grad(loss, exact[0])
+        report.update(kl_error=((result[1] - stats["kl_l"]).abs() / stats["kl_l"]).max().item(), grad_error=((grads[0] - expected).norm() / expected.norm()).item())
+    return report
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(json.dumps(bench_one(sys.argv[1], *map(int, sys.argv[2:]))))
+        sys.exit()
+    cuda = torch.cuda.is_available()
+    print(f"the loss layer, forward and backward, bf16 autocast, {torch.cuda.get_device_name() if cuda else f'CPU with {torch.get_num_threads()} threads'}, torch {torch.__version__}\n"
+          "median of 3 runs after a warm-up; TFLOP/s on 8 N V d; extra peak memory; largest relative error of a rejected KL, and the gradient's, against float64\n\n"
+          "| N | V | d | form | s | x products | TFLOP/s | GiB | KL error | gradient error |\n|---|---|---|---|---|---|---|---|---|---|")
+    for N, V, d in [(4096, 50257, 1280), (16384, 50257, 1280), (8192, 151936, 1024)] if cuda else [(1024, 50257, 768), (4096, 50257, 768)]:
+        floor = None
+        for form in ("products", "fused", "unfused", "listing"):
+            done = subprocess.run([sys.executable, __file__, form, *map(str, (N, V, d))], capture_output=True, text=True)
+            if done.returncode:
+                print(f"| {N} | {V} | {d} | {form} | {(done.stderr.strip().splitlines() or ['killed: out of memory'])[-1][:80]} |", flush=True)
+                continue
+            r = json.loads(done.stdout.splitlines()[-1])
+            floor = floor or r["seconds"]
+            errors = " | ".join("" if r[x] is None else f"{r[x]:.1e}" for x in ("kl_error", "grad_error"))
+            print(f"| {N} | {V} | {d} | {form} | {r['seconds']:.3f} | {r['seconds'] / floor:.2f} | {8e-12 * N * V * d / r['seconds']:.2f} | {r['gib']:.2f} | {errors} |", flush=True)
