@@ -239,11 +239,11 @@ def collate(examples, indices, length=0, device="cpu", attention="pairs"):
             doc += [n] * len(tokens)
             ids += tokens
     sizes, padding = [sum(map(len, examples[i])) for i in indices], length - len(ids)
-    rows = {name: torch.tensor([x + [fill] * padding]).to(device, non_blocking=True)
-            for name, x, fill in (("ids", ids, 0), ("position", position, 0), ("doc", doc, -1), ("part", part, 0))}
-    tokens = {name: torch.tensor(x).to(device, non_blocking=True) for name, x in (("source", source), ("labels", labels))}
-    return dict(ids=rows["ids"], position=rows["position"], **tokens, pair=torch.tensor(pair), chosen=torch.tensor(chosen),
-                attention=row_attention(rows["doc"], rows["part"], sizes, attention))
+    pin = torch.device(device).type == "cuda"           # or the copy may wait for what the device is doing
+    ids, position, doc, part, source, labels = (torch.tensor(x, pin_memory=pin).to(device, non_blocking=True) for x in (
+        [ids + [0] * padding], [position + [0] * padding], [doc + [-1] * padding], [part + [0] * padding], source, labels))
+    return dict(ids=ids, position=position, source=source, labels=labels, pair=torch.tensor(pair), chosen=torch.tensor(chosen),
+                attention=row_attention(doc, part, sizes, attention))
 
 
 def attention_mask(doc, part):
@@ -259,16 +259,16 @@ def row_attention(doc, part, sizes, how):
     if how == "dense":
         return {"attention_mask": attention_mask(doc, part)}
     if how == "flex":
-        def mask(batch, head, q, k):
-            return (q >= k) & (doc[0, q] == doc[0, k]) & ((part[0, k] == 0) | (part[0, q] == part[0, k]))
-        pairs = create_block_mask(mask, None, None, doc.shape[1], doc.shape[1], device=doc.device)
+        doc, part = doc[0], part[0]     # a constant index inside the mask would be a copy to the device, and a wait
+        layout = create_block_mask(lambda b, h, q, k: (q >= k) & (doc[q] == doc[k]) & ((part[k] == 0) | (part[q] == part[k])), None, None,
+                                   len(doc), len(doc), device=doc.device)
     else:
         visible = (attention_mask(d, p)[0, 0] for d, p in zip(doc.split(sizes, 1), part.split(sizes, 1)))
-        pairs = sizes, [torch.zeros(x.shape, device=x.device).masked_fill(~x, -torch.inf) for x in visible]
-    return {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=doc.device), "pairs": pairs}      # so the model makes no mask of its own
+        layout = sizes, [torch.zeros(x.shape, device=x.device).masked_fill(~x, -torch.inf) for x in visible]
+    return {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=doc.device), "layout": layout}       # so the model makes no mask of its own
 
 
-def pair_attention(module, query, key, value, attention_mask, pairs=None, scaling=None, **options):
+def pair_attention(module, query, key, value, attention_mask, layout=None, scaling=None, **options):
     """Attention for rows of pairs in any model that takes a registered function: (1, heads, L, D) each -> (1, L, heads, D), None.
 
     On a GPU FlexAttention skips the blocks that the mask leaves out. On a CPU each pair attends by itself, in plain products, which take a
@@ -276,12 +276,12 @@ def pair_attention(module, query, key, value, attention_mask, pairs=None, scalin
     """
     if options.get("softcap") is not None or options.get("s_aux") is not None:
         raise ValueError("its attention has softcapping or sinks, which only its own implementation computes")
-    if pairs is None:
+    if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    if isinstance(pairs, BlockMask):
-        return flex_attention_forward(module, query, key, value, pairs, scaling=scaling, **options)
+    if isinstance(layout, BlockMask):       # rotary embeddings leave query and key in fp32 under autocast; the kernel wants one dtype
+        return flex_attention_forward(module, query.to(value.dtype), key.to(value.dtype), value, layout, scaling=scaling, **options)
     (_, heads, _, D), groups, out = query.shape, key.shape[1], []
-    for q, k, v, mask in zip(*(x[0].split(pairs[0], 1) for x in (query, key, value)), pairs[1]):
+    for q, k, v, mask in zip(*(x[0].split(layout[0], 1) for x in (query, key, value)), layout[1]):
         q = q.reshape(groups, -1, D)                                            # the heads that share a key and value, one under another
         scores = torch.baddbmm(mask.to(q.dtype).repeat(heads // groups, 1), q, k.transpose(1, 2), alpha=scaling or D**-0.5)
         out.append((scores.softmax(-1) @ v).view(heads, -1, v.shape[-1]).transpose(0, 1))
@@ -381,7 +381,8 @@ def packing_error(model, examples, attention):
     than these examples, recurrent layers.
     """
     try:
-        hidden, weight = response_states(model.base_model, model, collate(examples, range(len(examples)), 0, model.device, attention))
+        length = 0 if attention == "pairs" else -(-sum(len(part) for e in examples for part in e) // 128) * 128
+        hidden, weight = response_states(model.base_model, model, collate(examples, range(len(examples)), length, model.device, attention))
         n = 0
         for example in examples:
             for response in filter(None, example[1:]):
@@ -399,10 +400,12 @@ def choose_attention(models, examples, attention):
     """That attention, or dense where one of the models [(name, model)] takes no registered function. Ends the program where neither is exact."""
     for _, model in models:
         model.set_attn_implementation("pair_attention")
-    for how in (attention, "dense"):
+    for how in dict.fromkeys((attention, "dense")):
         errors = [(name, model, error) for name, model in models if (error := packing_error(model, examples, how))]
         if not errors:
             return how
+        if how != "dense":
+            print(f"{errors[0][0]} does not work with attention {how} ({errors[0][2].splitlines()[0]}); trying a dense mask, which is slower")
     name, model, error = errors[0]
     sys.exit(f"error: {name} ({type(model).__name__}) cannot be trained exactly here: {error}. Scaled or softcapped logits, recurrent layers and "
              "windows shorter than max_length are not supported")

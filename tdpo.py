@@ -94,8 +94,8 @@ def fused_tdpo_loss(hidden, weight, ref_hidden, ref_weight, labels, pair, chosen
     hidden, ref_hidden: (N, d), the states that predict labels (N,). weight, ref_weight: (V, d), the two output layers; a bias
     is one more column of weight beside a column of ones in hidden. pair: (N,) int, ascending from 0 to P - 1. chosen: (N,)
     bool; both may stay on the CPU, which saves a wait for the device. Returns the loss (scalar, the mean over pairs) and stats as
-    in `tdpo_loss`. The gradient, to hidden and weight, is taken in forward: a second derivative is a RuntimeError. Under autocast
-    the products take its dtype; logits and sums are fp32. ValueError: an unknown method, lengths that differ, pairs out of order.
+    in `tdpo_loss`. The gradient, to hidden and weight, is taken in forward: a second derivative is a RuntimeError. Under autocast the
+    products take its dtype (on a CPU the backward ones); logits and sums are fp32. ValueError: unknown method, lengths, order of pairs.
     """
     loss, *stats = _fused(hidden, weight, ref_hidden, ref_weight, labels, pair.cpu(), chosen.cpu(), beta, alpha, method)
     return loss, dict(zip(STATS, stats))
@@ -126,11 +126,11 @@ class _Fused(torch.autograd.Function):
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         wide = torch.promote_types(low, torch.float32)
         dtype = low if device == "cuda" else wide       # of what makes logits: rounded to bf16, they would turn a KL of 3e-4 into 3e-3.
-        precision = None if low == wide else "bf16"     # lets a CPU's fp32 products round their operands, not the result, to bf16
-        d_hidden = torch.zeros_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        precision = "bf16" if device == "cpu" and low != wide else None     # a CPU's fp32 products may round operands, not results
+        d_hidden, d_weight = torch.zeros_like(hidden), None
         with torch.autocast(device, enabled=False), torch.backends.mkldnn.flags(None, None, None, precision):
-            w, ref_w, w_low = weight.to(dtype), None if sft else ref_weight.to(dtype), weight.to(low)
+            w, ref_w = weight.to(dtype), None if sft else ref_weight.to(dtype)
+            w_low = w.to(low)
             ends = torch.bincount(pair).cumsum(0)
             slots = (2 * pair + chosen).to(hidden.device, non_blocking=True)     # two sums a pair: rejected, chosen
             stats, first, begin = [], 0, 0
@@ -148,11 +148,12 @@ class _Fused(torch.autograd.Function):
                 stats.append(torch.cat([losses.detach()[None], sums.flip(-1).transpose(1, 2).reshape(6, p)]))
                 if any(ctx.needs_input_grad):
                     g_logp, g_kl = g.view(2, 2 * p)[:, slot] * (y != -100)
-                    dz = _elementwise(_dlogits, z, ref_z, y, lse, ref_lse, g_logp, g_kl, low)
+                    dz = _elementwise(_dlogits, z, ref_z if method in ("tdpo1", "tdpo2") else None, y, lse, ref_lse, g_logp, g_kl, low)
                     del z, ref_z                         # room for the products
                     d_hidden[rows] = dz @ w_low
-                    if d_weight is not None:             # fp32: rounding every chunk's share to bf16 biases training
-                        d_weight += _product(dz.T, h.to(low), wide)
+                    if ctx.needs_input_grad[1]:          # chunks add up in fp32: a sum rounded to bf16 at every chunk biases training
+                        share = _product(dz.T, h.to(low), wide)
+                        d_weight, share = share.to(wide) if d_weight is None else d_weight.add_(share), None
                     del dz
                 first, begin = last, rows.stop
         ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
@@ -171,8 +172,9 @@ def _product(a, b, wide):       # a @ b, accumulated in fp32; bf16 operands give
 
 
 def _sft_stats(z, labels):      # _token_stats without a reference: log p(label), no divergences, the log-normalizer
-    logp = -F.cross_entropy(z, labels, reduction="none")
-    return logp, torch.zeros_like(logp), torch.zeros_like(logp), z.logsumexp(-1, keepdim=True), None
+    lse = z.logsumexp(-1, keepdim=True)
+    logp = torch.where(labels != -100, (z.gather(-1, labels.clamp(min=0)[:, None]) - lse)[:, 0], 0)
+    return logp, torch.zeros_like(logp), torch.zeros_like(logp), lse, None
 
 
 def _dlogits(z, ref_z, labels, lse, ref_lse, g_logp, g_kl, dtype):

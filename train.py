@@ -50,7 +50,7 @@ min_score_gap = 0.1         # pairs whose rewards differ by no more are dropped
 # optimization (the paper's values)
 max_steps = 0               # 0 is one pass over the pairs
 batch_size = 64             # pairs a step
-micro_tokens = 0            # tokens a forward pass; 0 is 8192 on cuda, 1024 elsewhere; changes no result; lower it when memory runs out
+micro_tokens = 0            # tokens a forward pass; 0 is 8192 on cuda, 1536 elsewhere; changes no result; lower it when memory runs out
 optimizer = "rmsprop"       # rmsprop or adamw
 learning_rate = 5e-6        # constant after the warm-up
 warmup_steps = 150          # linear
@@ -228,7 +228,7 @@ if __name__ == "__main__":
     dtype = ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype
     compile = compile == "True" or compile == "auto" and device == "cuda"
     torch.manual_seed(seed)
-    if device == "cpu" and hasattr(libc := ctypes.CDLL(None if sys.platform != "win32" else "msvcrt"), "mallopt"):
+    if device == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-3, 1 << 25), libc.mallopt(-1, 2**31 - 1)      # glibc keeps freed buffers (up to 32 MiB): a tenth of a step goes into fresh pages
 
     # -------------------------------------------------------------------------
@@ -279,17 +279,19 @@ if __name__ == "__main__":
     if sft:
         examples, held_out = ([(p, c, []) for p, c, _ in x] for x in (examples, held_out))
     sizes = [[sum(map(len, e)) for e in x] for x in (examples, held_out)]
-    longest = examples[int(np.argmax([len(p) + max(len(w), len(l)) for p, w, l in examples]))]
+    longest = max(examples + held_out, key=lambda e: len(e[0]) + max(len(e[1]), len(e[2])))
     attention = choose_attention([(init_from, model)] + ([] if sft else [(ref_from or "the reference", ref)]), [examples[0], longest],
                                  "flex" if device == "cuda" else "dense" if compile else "pairs")
-    micro_tokens, row_length = max(micro_tokens or (8192 if device == "cuda" else 1024), *sizes[0], *sizes[1]), 0
+    micro_tokens, row_length = max(micro_tokens or (8192 if device == "cuda" else 1536), *sizes[0], *sizes[1]), 0
     if attention != "pairs":    # rows of one length: the one that costs least in some steps, with a pass's overhead, and dense attention's square
         some = [[sizes[0][i] for i in step_indices(k, batch_size, len(examples), seed)] for k in range(16)]
         cost = lambda n: sum(len(pack(x, n)) for x in some) * (n + 256 + (n * n / 1600 if attention == "dense" else 0))
-        micro_tokens = row_length = min(range(-(-max(*sizes[0], *sizes[1]) // 128) * 128, micro_tokens + 128, 128), key=cost)
+        least = -(-max(*sizes[0], *sizes[1]) // 128) * 128
+        micro_tokens = row_length = min(range(least, max(least, micro_tokens) + 1, 128), key=cost)
+        full = sum(map(sum, some)) / sum(len(pack(x, row_length)) for x in some) / row_length
     if resume:
         state = load_state(out_dir)
-        model.load_state_dict(load_model(out_dir, device)[0].state_dict())
+        model.load_state_dict(load_model(out_dir)[0].state_dict())
 
     # -------------------------------------------------------------------------
     # optimizer
@@ -311,7 +313,6 @@ if __name__ == "__main__":
     peaks = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12}        # dense bf16 FLOP/s, NVIDIA's data sheets
     peak = next((x for name, x in peaks.items() if device == "cuda" and name in torch.cuda.get_device_name()), None)
     tokens, saved = sum(sizes[0]), 0 if sft else sum(len(e[0]) for e in examples)
-    full = sum(sizes[0][:4096]) / len(pack(sizes[0][:4096], micro_tokens)) / micro_tokens
     noun = "texts" if sft else "pairs"
     print(f"{noun}: {len(examples)} to train on, {len(held_out)} held out; {truncated} truncated, {dropped} dropped\n"
           f"rows: {f'of {row_length} tokens, {full:.0%} full' if row_length else f'of up to {micro_tokens} tokens, without padding'}; shared prompts "
@@ -376,7 +377,7 @@ if __name__ == "__main__":
 
     def evaluate():
         with torch.no_grad():
-            batches = tqdm(list(passes(range(len(held_out)), held_out)), desc="evaluating", leave=False, disable=None)
+            batches = tqdm(passes(range(len(held_out)), held_out), desc="evaluating", leave=False, disable=None)
             found = means([forward(batch)[1] for _, batch in batches])
         found = {name: x.item() for name, x in found.items()}
         if not math.isfinite(found["loss"]):
