@@ -539,6 +539,7 @@ def script(name, *args, fresh=False):
         out.write(stop.code if isinstance(stop.code, str) else "")
     finally:
         sys.argv = argv
+        sample.AttentionInterface.register("pair_attention", sample.pair_attention)     # sample.py, run as a script, registered its own copy
     return code, out.getvalue()
 
 
