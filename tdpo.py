@@ -1,8 +1,8 @@
 """Token-level Direct Preference Optimization (Zeng et al., ICML 2024, arXiv:2404.11999): the losses and the sequential KL.
 
 Paste this file into any trainer; it needs torch alone. From the top: `token_stats` is what one token contributes, `margin` and
-`preference_loss` are the paper's equations, `tdpo_loss` is the loss on ordinary logits, and `fused_tdpo_loss` gives the same numbers
-from hidden states, without ever holding a batch's logits. All in nats, all sums (never means) over response tokens only.
+`preference_loss` are the paper's equations, `tdpo_loss` is the loss on ordinary logits, and `fused_tdpo_loss` gives its numbers on
+hidden states, without ever holding a batch's logits. All in nats, all sums (never means) over response tokens only.
 """
 import torch
 import torch.nn.functional as F
