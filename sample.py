@@ -209,6 +209,11 @@ def tokenize_texts(texts, tokenizer, max_length):
 # rows: several whole pairs in one row, each as [prompt | chosen | rejected], its prompt once; a row is what a forward pass takes
 
 
+def size(example):
+    """Tokens of an example in a row: all but the last of each response, which predict nothing."""
+    return sum(map(len, example)) - sum(1 for response in example[1:] if response)
+
+
 def pack(lengths, row_length):
     """Rows (lists of indices) whose lengths sum to at most row_length: first fit, longest first."""
     rows, free = [], []
@@ -234,11 +239,12 @@ def collate(examples, indices, length=0, device="cpu", attention="pairs"):
                 labels += tokens
                 pair += [n] * len(tokens)
                 chosen += [k == 1] * len(tokens)
+                tokens = tokens[:-1]
             position += range(prompt if k else 0, (prompt if k else 0) + len(tokens))
             part += [k] * len(tokens)
             doc += [n] * len(tokens)
             ids += tokens
-    sizes, padding = [sum(map(len, examples[i])) for i in indices], length - len(ids)
+    sizes, padding = [size(examples[i]) for i in indices], length - len(ids)
     pin = torch.device(device).type == "cuda"           # or the copy may wait for what the device is doing
     ids, position, doc, part, source, labels = (torch.tensor(x, pin_memory=pin).to(device, non_blocking=True) for x in (
         [ids + [0] * padding], [position + [0] * padding], [doc + [-1] * padding], [part + [0] * padding], source, labels))
@@ -264,7 +270,7 @@ def row_attention(doc, part, sizes, how):
                                    len(doc), len(doc), device=doc.device)
     else:
         visible = (attention_mask(d, p)[0, 0] for d, p in zip(doc.split(sizes, 1), part.split(sizes, 1)))
-        layout = sizes, [torch.zeros(x.shape, device=x.device).masked_fill(~x, -torch.inf) for x in visible]
+        layout = sizes, [torch.zeros(x.shape, device=x.device).masked_fill(~x, -torch.inf) for x in visible], {}
     return {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=doc.device), "layout": layout}       # so the model makes no mask of its own
 
 
@@ -278,12 +284,15 @@ def pair_attention(module, query, key, value, attention_mask, layout=None, scali
         raise ValueError("its attention has softcapping or sinks, which only its own implementation computes")
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    if isinstance(layout, BlockMask):       # rotary embeddings leave query and key in fp32 under autocast; the kernel wants one dtype
-        return flex_attention_forward(module, query.to(value.dtype), key.to(value.dtype), value, layout, scaling=scaling, **options)
-    (_, heads, _, D), groups, out = query.shape, key.shape[1], []
-    for q, k, v, mask in zip(*(x[0].split(layout[0], 1) for x in (query, key, value)), layout[1]):
-        q = q.reshape(groups, -1, D)                                            # the heads that share a key and value, one under another
-        scores = torch.baddbmm(mask.to(q.dtype).repeat(heads // groups, 1), q, k.transpose(1, 2), alpha=scaling or D**-0.5)
+    query, key = query.to(value.dtype), key.to(value.dtype)         # rotary embeddings leave them in fp32 under autocast
+    if isinstance(layout, BlockMask):
+        return flex_attention_forward(module, query, key, value, layout, scaling=scaling, **options)
+    (_, heads, _, D), groups, out, (sizes, masks, ready) = query.shape, key.shape[1], [], layout
+    repeats = heads // groups           # the heads that share a key and value, one under another; the first layer makes their masks
+    if (value.dtype, repeats) not in ready:
+        ready[value.dtype, repeats] = [mask.to(value.dtype).repeat(repeats, 1) for mask in masks]
+    for q, k, v, mask in zip(*(x[0].split(sizes, 1) for x in (query, key, value)), ready[value.dtype, repeats]):
+        scores = torch.baddbmm(mask, q.reshape(groups, -1, D), k.transpose(1, 2), alpha=scaling or D**-0.5)
         out.append((scores.softmax(-1) @ v).view(heads, -1, v.shape[-1]).transpose(0, 1))
     return torch.cat(out)[None], None
 
@@ -381,7 +390,7 @@ def packing_error(model, examples, attention):
     than these examples, recurrent layers.
     """
     try:
-        length = 0 if attention == "pairs" else -(-sum(len(part) for e in examples for part in e) // 128) * 128
+        length = 0 if attention == "pairs" else -(-sum(map(size, examples)) // 128) * 128
         hidden, weight = response_states(model.base_model, model, collate(examples, range(len(examples)), length, model.device, attention))
         n = 0
         for example in examples:

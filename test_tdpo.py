@@ -348,7 +348,7 @@ def test_packed_rows_equal_separate_sequences(name, attention):
     model, ref, examples = tiny(name), tiny(name, 1), examples_of()
     for m in (model, ref):
         m.set_attn_implementation("pair_attention")
-    rows = sample.pack([sum(map(len, e)) for e in examples], 40)
+    rows = sample.pack(list(map(sample.size, examples)), 40)
     assert sorted(sum(rows, [])) == [0, 1, 2, 3, 4] and max(map(len, rows)) > 1
     found = []
     for row in rows:
@@ -962,7 +962,7 @@ def without(part, argv):
     collate = sample.collate
 
     def padded(examples, indices, length, *rest):               # every pair as long as the longest of its pass
-        sizes = [sum(map(len, examples[i])) for i in indices]
+        sizes = [sample.size(examples[i]) for i in indices]
         length = length and -(-len(indices) * max(sizes) // 1024) * 1024
         longer = [(p, w, l + [0] * (max(sizes) - n)) for (p, w, l), n in zip((examples[i] for i in indices), sizes)]
         batch = collate(longer, range(len(longer)), length, *rest)
@@ -971,7 +971,7 @@ def without(part, argv):
 
     def twice(examples, indices, length, *rest):                # a prompt for the chosen and a prompt for the rejected response
         halves = [half for i in indices for half in ((examples[i][0], examples[i][1], []), (examples[i][0], [], examples[i][2]))]
-        length = length and -(-sum(len(part) for half in halves for part in half) // 1024) * 1024
+        length = length and -(-sum(map(sample.size, halves)) // 1024) * 1024
         batch = collate(halves, range(len(halves)), length, *rest)
         return {**batch, "pair": batch["pair"] // 2}
 

@@ -176,13 +176,14 @@ if __name__ == "__main__":      # before the imports below, so that a typing mis
     options = configure(sys.argv[1:])
     globals().update(options)
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # torch on a CPU asks for huge pages: its large buffers are new in every pass
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import eval_imdb
 from sample import (DEVICES, autocast, choose_attention, collate, load_model, load_reference, load_state, pack, read_pairs, response_states, save,
-                    tokenize, tokenize_texts)
+                    size, tokenize, tokenize_texts)
 from tdpo import fused_sft_loss, fused_tdpo_loss, margin
 
 
@@ -278,7 +279,7 @@ if __name__ == "__main__":
                  "raise --max_length, or take a tokenizer that knows these words")
     if sft:
         examples, held_out = ([(p, c, []) for p, c, _ in x] for x in (examples, held_out))
-    sizes = [[sum(map(len, e)) for e in x] for x in (examples, held_out)]
+    sizes = [list(map(size, x)) for x in (examples, held_out)]
     longest = max(examples + held_out, key=lambda e: len(e[0]) + max(len(e[1]), len(e[2])))
     attention = choose_attention([(init_from, model)] + ([] if sft else [(ref_from or "the reference", ref)]), [examples[0], longest],
                                  "flex" if device == "cuda" else "dense" if compile else "pairs")
@@ -346,7 +347,7 @@ if __name__ == "__main__":
     # one pass over a row, for training and for evaluation
     def passes(indices, examples):
         """The rows of a step: (indices of its pairs, tensors on the device)."""
-        for row in pack([sum(map(len, examples[i])) for i in indices], micro_tokens):
+        for row in pack([size(examples[i]) for i in indices], micro_tokens):
             row = [indices[i] for i in row]
             yield row, collate(examples, row, row_length, device, attention)
 
@@ -419,7 +420,7 @@ if __name__ == "__main__":
         optimizer.step()
         step += 1
         seconds = time.perf_counter() - began
-        n_tokens = sum(len(part) for i in indices for part in examples[i])
+        n_tokens = sum(size(examples[i]) for i in indices)
         n_loss = sum(len(part) for i in indices for part in examples[i][1:])
         flops = (6 if sft else 8) * (n_tokens * n_body + n_loss * layer.numel())    # policy forward and backward, reference forward
         record = dict(step=step, epoch=step * batch_size / len(examples), **found, lr=optimizer.param_groups[0]["lr"], pairs_per_s=batch_size / seconds,
