@@ -50,7 +50,7 @@ min_score_gap = 0.1         # pairs whose rewards differ by no more are dropped
 # optimization (the paper's values)
 max_steps = 0               # 0 is one pass over the pairs
 batch_size = 64             # pairs a step
-micro_tokens = 0            # tokens a forward pass; 0 is 8192 on cuda, 1536 elsewhere; changes no result; lower it when memory runs out
+micro_tokens = 0            # tokens a forward pass; 0 is 8192 on cuda, 1024 elsewhere; changes no result; lower it when memory runs out
 optimizer = "rmsprop"       # rmsprop or adamw
 learning_rate = 5e-6        # constant after the warm-up
 warmup_steps = 150          # linear
@@ -230,7 +230,7 @@ if __name__ == "__main__":
     compile = compile == "True" or compile == "auto" and device == "cuda"
     torch.manual_seed(seed)
     if device == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-3, 1 << 25), libc.mallopt(-1, 2**31 - 1)      # glibc keeps freed buffers (up to 32 MiB): a tenth of a step goes into fresh pages
+        libc.mallopt(-3, 1 << 27), libc.mallopt(-1, 2**31 - 1)      # glibc keeps freed buffers (up to 128 MiB): a tenth of a step goes into fresh pages
 
     # -------------------------------------------------------------------------
     # policy and reference
@@ -283,7 +283,7 @@ if __name__ == "__main__":
     longest = max(examples + held_out, key=lambda e: len(e[0]) + max(len(e[1]), len(e[2])))
     attention = choose_attention([(init_from, model)] + ([] if sft else [(ref_from or "the reference", ref)]), [examples[0], longest],
                                  "flex" if device == "cuda" else "dense" if compile else "pairs")
-    micro_tokens, row_length = max(micro_tokens or (8192 if device == "cuda" else 1536), *sizes[0], *sizes[1]), 0
+    micro_tokens, row_length = max(micro_tokens or (8192 if device == "cuda" else 1024), *sizes[0], *sizes[1]), 0
     if attention != "pairs":    # rows of one length: the one that costs least in some steps, with a pass's overhead, and dense attention's square
         some = [[sizes[0][i] for i in step_indices(k, batch_size, len(examples), seed)] for k in range(16)]
         cost = lambda n: sum(len(pack(x, n)) for x in some) * (n + 256 + (n * n / 1600 if attention == "dense" else 0))
@@ -401,7 +401,7 @@ if __name__ == "__main__":
         indices = step_indices(step, batch_size, len(examples), seed)
         if sft:
             count = sum(len(examples[i][1]) for i in indices)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=device != "cpu")          # gradients that stay where they are keep glibc's heap from growing at every step
         stats, members = [], []
         for some, batch in upcoming:
             loss, s = forward(batch)
