@@ -246,7 +246,7 @@ def collate(examples, indices, length=0, device="cpu", attention="pairs"):
             ids += tokens
     sizes, padding = [size(examples[i]) for i in indices], length - len(ids)
     pin = torch.device(device).type == "cuda"           # or the copy may wait for what the device is doing
-    ids, position, doc, part, source, labels = (torch.tensor(x, pin_memory=pin).to(device, non_blocking=True) for x in (
+    ids, position, doc, part, source, labels = (torch.tensor(x, pin_memory=pin).to(device, non_blocking=pin) for x in (
         [ids + [0] * padding], [position + [0] * padding], [doc + [-1] * padding], [part + [0] * padding], source, labels))
     return dict(ids=ids, position=position, source=source, labels=labels, pair=torch.tensor(pair), chosen=torch.tensor(chosen),
                 attention=row_attention(doc, part, sizes, attention))
@@ -386,9 +386,16 @@ def load_state(folder):
 def packing_error(model, examples, attention):
     """What is wrong with rows of this model under this attention; "" where they give the logits that the model gives for separate sequences.
 
-    That catches whatever this file does not know: scaled or softcapped logits, attention that ignores a mask, sliding windows shorter
-    than these examples, recurrent layers.
+    What a configuration tells is read there, as its effect on these examples may be small; the comparison catches what nobody knows of,
+    attention that ignores a mask, say, or recurrent layers.
     """
+    config, longest = model.config.get_text_config(), max(len(e[0]) + max(map(len, e[1:])) - 1 for e in examples)
+    for name, harmless in (("final_logit_softcapping", (None,)), ("logit_scale", (None, 1)), ("logits_scaling", (None, 1))):
+        if getattr(config, name, None) not in harmless:
+            return f"its logits are changed behind the output layer ({name} = {getattr(config, name)})"
+    for name in ("sliding_window", "attention_chunk_size"):
+        if (getattr(config, name, None) or longest) < longest:
+            return f"its {name} of {getattr(config, name)} tokens is shorter than the longest prompt and response, {longest}"
     try:
         length = 0 if attention == "pairs" else -(-sum(map(size, examples)) // 128) * 128
         hidden, weight = response_states(model.base_model, model, collate(examples, range(len(examples)), length, model.device, attention))
@@ -445,8 +452,8 @@ def generate(model, tokenizer, prompts, max_new_tokens, num_samples=1, temperatu
         torch.manual_seed(seed)
         try:
             while order:
-                size = max(1, min(512, 2**15 // (order[0][0] + max_new_tokens)))
-                batch, order = order[:size], order[size:]
+                count = max(1, min(512, 2**15 // (order[0][0] + max_new_tokens)))
+                batch, order = order[:count], order[count:]
                 width = batch[-1][0]
                 ids = torch.tensor([[pad] * (width - n) + prompts[i] for n, i in batch], device=model.device)
                 mask = torch.tensor([[0] * (width - n) + [1] * n for n, _ in batch], device=model.device)
@@ -474,8 +481,8 @@ def response_stats(model, ref, prompts, responses):
     with tqdm(total=len(order), desc="measuring", leave=False, disable=None) as bar:
         while order:
             longest = len(prompts[order[-1]]) + len(responses[order[-1]])
-            size = max(1, min(256, 2**26 // (longest * vocab)))
-            batch, order = order[-size:], order[:-size]             # the largest first: memory runs out at once or never
+            count = max(1, min(256, 2**26 // (longest * vocab)))
+            batch, order = order[-count:], order[:-count]           # the largest first: memory runs out at once or never
             ids = torch.zeros(len(batch), longest, dtype=torch.long)
             real, response = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
             for row, i in enumerate(batch):

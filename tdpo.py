@@ -93,9 +93,9 @@ def fused_tdpo_loss(hidden, weight, ref_hidden, ref_weight, labels, pair, chosen
 
     hidden, ref_hidden: (N, d), the states that predict labels (N,). weight, ref_weight: (V, d), the two output layers; a bias
     is one more column of weight beside a column of ones in hidden. pair: (N,) int, ascending from 0 to P - 1. chosen: (N,)
-    bool; both may stay on the CPU, which saves a wait for the device. Returns the loss (scalar, the mean over pairs) and stats as
-    in `tdpo_loss`. The gradient, to hidden and weight, is taken in forward: a second derivative is a RuntimeError. Under autocast the
-    products take its dtype (on a CPU the backward ones); logits and sums are fp32. ValueError: unknown method, lengths, order of pairs.
+    bool; both best on the CPU, or the device is waited for. Returns the loss (scalar, the mean over pairs) and stats as in `tdpo_loss`.
+    The gradient, to hidden and weight, is taken in forward: a second derivative is a RuntimeError, a GradScaler's factor too late. Under
+    autocast the products take its dtype (on a CPU the backward ones); logits, sums are fp32. ValueError: unknown method, lengths, order of pairs.
     """
     loss, *stats = _fused(hidden, weight, ref_hidden, ref_weight, labels, pair.cpu(), chosen.cpu(), beta, alpha, method)
     return loss, dict(zip(STATS, stats))
@@ -132,7 +132,7 @@ class _Fused(torch.autograd.Function):
             w, ref_w = weight.to(dtype), None if sft else ref_weight.to(dtype)
             w_low = w.to(low)
             ends = torch.bincount(pair).cumsum(0)
-            slots = (2 * pair + chosen).to(hidden.device, non_blocking=True)     # two sums a pair: rejected, chosen
+            slots = (2 * pair + chosen).int().to(hidden.device, non_blocking=device == "cuda")      # two sums a pair: rejected, chosen
             stats, first, begin = [], 0, 0
             while first < pairs:                                                    # pairs first..last - 1 make a chunk
                 last = max(first + 1, int(torch.searchsorted(ends, begin + budget, right=True)))
@@ -141,14 +141,14 @@ class _Fused(torch.autograd.Function):
                 z, ref_z = _product(h.to(dtype), w.T, wide), None if sft else _product(ref_hidden[rows].to(dtype), ref_w.T, wide)
                 *tokens, lse, ref_lse = _elementwise(_sft_stats, z, y) if sft else _elementwise(_token_stats, z, ref_z, y)
                 sums = tokens[0].new_zeros(3, 2 * p).index_add_(1, slot, torch.stack(tokens)).view(3, p, 2)
-                with torch.enable_grad():                # the loss stays where it is written: preference_loss
-                    x = sums[:2].detach().requires_grad_()
+                with torch.set_grad_enabled(any(ctx.needs_input_grad)):     # the loss stays where it is written: preference_loss
+                    x = sums[:2].detach().requires_grad_(any(ctx.needs_input_grad))
                     losses = -x[0, :, 1] if sft else preference_loss(method, x[0, :, 1], x[0, :, 0], x[1, :, 1], x[1, :, 0], beta, alpha)
-                    (g,) = torch.autograd.grad(losses.sum() / pairs, x)
                 stats.append(torch.cat([losses.detach()[None], sums.flip(-1).transpose(1, 2).reshape(6, p)]))
                 if any(ctx.needs_input_grad):
+                    (g,) = torch.autograd.grad(losses.sum() / pairs, x)
                     g_logp, g_kl = g.view(2, 2 * p)[:, slot] * (y != -100)
-                    dz = _elementwise(_dlogits, z, ref_z if method in ("tdpo1", "tdpo2") else None, y, lse, ref_lse, g_logp, g_kl, low)
+                    dz = _elementwise(_dlogits, z, None if method in ("dpo", "fdpo") else ref_z, y, lse, ref_lse, g_logp, g_kl, low)
                     del z, ref_z                         # room for the products
                     d_hidden[rows] = dz @ w_low
                     if ctx.needs_input_grad[1]:          # chunks add up in fp32: a sum rounded to bf16 at every chunk biases training
@@ -192,8 +192,8 @@ def _elementwise(fn, z, *rest):
             _compiled[fn] = _compiled.get(fn) or torch.compile(fn, dynamic=True)
             return _compiled[fn](z, *rest)
         except Exception as error:      # torch has no one exception for "no C++ compiler" or "no Triton"
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
+            result = fn(z, *rest)       # memory that is short and arguments that are wrong fail here too
             print(f"torch.compile failed on {fn.__name__}, so it runs uncompiled (slower): {error}".split("\n")[0])
             _compiled[fn] = fn
+            return result
     return fn(z, *rest)

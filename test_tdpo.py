@@ -213,8 +213,18 @@ def test_fused_equals_unfused(method, rows, monkeypatch):
         assert torch.allclose(stats[name], expected_stats[name], rtol=1e-10, atol=1e-12), name
     for got, expected in zip(torch.autograd.grad(3 * loss, case[:2]), torch.autograd.grad(3 * losses.mean(), case[:2])):
         assert torch.allclose(got, expected, rtol=1e-9, atol=1e-12)
-    with torch.no_grad():
-        assert torch.equal(tdpo.fused_tdpo_loss(*case, BETA, ALPHA, method)[0], loss)
+    for without in (torch.no_grad, torch.inference_mode):
+        with without():
+            assert torch.equal(tdpo.fused_tdpo_loss(*case, BETA, ALPHA, method)[0], loss)
+
+
+def test_fused_follows_an_edited_margin(monkeypatch):
+    """README: to change the objective, edit margin."""
+    monkeypatch.setattr(tdpo, "margin", lambda method, rw, rl, kw, kl, beta, alpha: beta * (rw - 2 * rl - alpha * (kl ** 2 - kw)))
+    case = fused_case()
+    got = torch.autograd.grad(tdpo.fused_tdpo_loss(*case, BETA, ALPHA, "mine")[0], case[:2])
+    expected = torch.autograd.grad(unfused(*case, BETA, ALPHA, "mine")[0].mean(), case[:2])
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(got, expected))
 
 
 def test_fused_takes_a_bias_as_a_column_and_a_frozen_weight():
@@ -307,6 +317,10 @@ def test_fused_compiles_its_elementwise_part_and_says_so_where_it_cannot(monkeyp
     outer = torch.compile(lambda *x: tdpo.fused_tdpo_loss(*x, BETA, ALPHA)[0] * 2)
     assert torch.allclose(torch.autograd.grad(outer(*case), case[0])[0], 2 * expected, atol=1e-6)
     assert torch.allclose(torch.autograd.grad(torch.compile(tdpo.fused_tdpo_loss)(*case, BETA, ALPHA)[0], case[0])[0], expected, atol=1e-6)
+
+    with pytest.raises(RuntimeError):                   # a mistake of the caller's says nothing about the compiler
+        tdpo._elementwise(tdpo._token_stats, torch.randn(2, 3), torch.randn(2, 4), torch.tensor([0, 1]))
+    assert tdpo._compiled[tdpo._token_stats] is not tdpo._token_stats and "uncompiled" not in capsys.readouterr().out
 
     def no_compiler(fn, **options):
         raise RuntimeError("no working compiler")
@@ -414,15 +428,16 @@ def test_models_that_packed_rows_cannot_serve_are_refused():
     for name in CONFIGS:
         assert choose(tiny(name)) == "pairs"
     mistral = lambda window: AutoModelForCausalLM.from_config(MistralConfig(**SIZES, intermediate_size=48, num_key_value_heads=2, sliding_window=window)).eval()
-    assert choose(mistral(32)) == "pairs"
+    longest = max(len(p) + max(len(w), len(l)) - 1 for p, w, l in examples)
+    assert choose(mistral(longest)) == "pairs"
     with pytest.raises(SystemExit, match="narrow window.*cannot be trained exactly"):
-        choose(mistral(3), "narrow window")
-    from transformers import CohereConfig, FalconConfig, Gemma2Config, Gemma3TextConfig, MambaConfig
+        choose(mistral(longest - 1), "narrow window")
+    from transformers import CohereConfig, FalconConfig, Gemma2Config, Gemma3TextConfig, GraniteConfig, MambaConfig
     gemma = dict(**SIZES, intermediate_size=48, num_key_value_heads=2, head_dim=8)
     assert choose(AutoModelForCausalLM.from_config(Gemma3TextConfig(**gemma)).eval()) == "pairs"
     assert choose(AutoModelForCausalLM.from_config(FalconConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)).eval()) == "dense"
     for config in (CohereConfig(**SIZES, intermediate_size=48, logit_scale=0.5), MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=1),
-                   Gemma2Config(**gemma, final_logit_softcapping=1.0), Gemma2Config(**gemma, final_logit_softcapping=None, attn_logit_softcapping=5.0)):
+                   Gemma2Config(**gemma, final_logit_softcapping=30.0, attn_logit_softcapping=None), GraniteConfig(**SIZES, intermediate_size=48, logits_scaling=1.001), Gemma2Config(**gemma, final_logit_softcapping=None, attn_logit_softcapping=5.0)):
         with pytest.raises(SystemExit, match="cannot be trained exactly"):
             choose(AutoModelForCausalLM.from_config(config).eval())
 

@@ -230,7 +230,8 @@ if __name__ == "__main__":
     compile = compile == "True" or compile == "auto" and device == "cuda"
     torch.manual_seed(seed)
     if device == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-3, 1 << 27), libc.mallopt(-1, 2**31 - 1)      # glibc keeps freed buffers (up to 128 MiB): a tenth of a step goes into fresh pages
+        if libc.mallopt(-3, 1 << 27) or libc.mallopt(-3, 1 << 25):  # glibc keeps freed buffers (up to 128 MiB, older ones 32): a tenth of a step goes
+            libc.mallopt(-1, 2**31 - 1)                             # into fresh pages
 
     # -------------------------------------------------------------------------
     # policy and reference
@@ -393,6 +394,8 @@ if __name__ == "__main__":
     speeds = []
     if not resume:
         evaluate()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()        # of the steps and later evaluations, not of what prepared them
     upcoming = list(passes(step_indices(step, batch_size, len(examples), seed), examples))
     while step < max_steps:
         began = time.perf_counter()
@@ -403,7 +406,8 @@ if __name__ == "__main__":
             count = sum(len(examples[i][1]) for i in indices)
         optimizer.zero_grad(set_to_none=device != "cpu")          # gradients that stay where they are keep glibc's heap from growing at every step
         stats, members = [], []
-        for some, batch in upcoming:
+        while upcoming:
+            some, batch = upcoming.pop(0)                           # so that each pass's masks go with it
             loss, s = forward(batch)
             (loss * len(s["loss"]) / (count if sft else batch_size)).backward()     # the step's loss is one mean, however its pairs are packed
             stats.append(s)
@@ -425,7 +429,7 @@ if __name__ == "__main__":
         flops = (6 if sft else 8) * (n_tokens * n_body + n_loss * layer.numel())    # policy forward and backward, reference forward
         record = dict(step=step, epoch=step * batch_size / len(examples), **found, lr=optimizer.param_groups[0]["lr"], pairs_per_s=batch_size / seconds,
                       tokens_per_s=n_tokens / seconds, **({"mfu": flops / seconds / peak} if peak else {}), peak_gib=peak_gib(device))
-        speeds.append((record["pairs_per_s"], record["tokens_per_s"]))
+        speeds.append([record[x] for x in ("pairs_per_s", "tokens_per_s", "mfu") if x in record])
         shown = step % log_interval == 0 or step == max_steps
         write(record, ("loss", "acc", "margin", "kl_w", "kl_l", "kl_gap", "grad_norm", "pairs_per_s", "mfu") if shown else ())
         due_eval, due_save = (step == max_steps or interval and step % interval == 0 for interval in (eval_interval, save_interval))
@@ -436,5 +440,5 @@ if __name__ == "__main__":
 
     if speeds:
         middle = np.median(speeds[min(3, len(speeds) - 1):], axis=0)                # the first steps warm up
-        print(f"median speed {middle[0]:.2f} {noun}/s, {middle[1]:.0f} tokens/s; peak memory {peak_gib(device):.2f} GiB; {time.time() - started:.0f} s in all")
+        print(f"median speed {middle[0]:.2f} {noun}/s, {middle[1]:.0f} tokens/s{f', MFU {middle[2]:.1%}' if peak else ''}; peak memory {peak_gib(device):.2f} GiB; {time.time() - started:.0f} s in all")
     print(f"saved {out_dir} | next: python " + (f"train.py --method=tdpo2 --data={data} --init_from=" if sft and not task else "sample.py --model=") + out_dir)
