@@ -146,7 +146,7 @@ class _Fused(torch.autograd.Function):
                     losses = -x[0, :, 1] if sft else preference_loss(method, x[0, :, 1], x[0, :, 0], x[1, :, 1], x[1, :, 0], beta, alpha)
                 stats.append(torch.cat([losses.detach()[None], sums.flip(-1).transpose(1, 2).reshape(6, p)]))
                 if any(ctx.needs_input_grad):
-                    (g,) = torch.autograd.grad(losses.sum() / pairs, x)
+                    (g,) = torch.autograd.grad(losses, x, torch.full_like(losses, 1 / pairs))
                     g_logp, g_kl = g.view(2, 2 * p)[:, slot] * (y != -100)
                     dz = _elementwise(_dlogits, z, None if method in ("dpo", "fdpo") else ref_z, y, lse, ref_lse, g_logp, g_kl, low)
                     del z, ref_z                         # room for the products
