@@ -177,6 +177,7 @@ if __name__ == "__main__":      # before the imports below, so that a typing mis
     globals().update(options)
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # torch on a CPU asks for huge pages: its large buffers are new in every pass
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")     # of its kernels for each length of a row and a pair, 1024 would fill memory bit by bit
 import numpy as np
 import torch
 from tqdm import tqdm
