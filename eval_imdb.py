@@ -20,7 +20,8 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from sample import DEVICES, autocast, encode_prompt, generate, load_model, load_reference, load_state, parse, read_rows, report_bad, response_stats
+from sample import (DEVICES, autocast, encode_prompt, generate, load_model, load_reference, load_state, parse, read_pairs, read_rows, report_bad,
+                    response_stats, tokenize, tokenize_texts)
 
 TASKS = ("reviews", "imdb")
 
@@ -113,8 +114,12 @@ def task_prefixes(run, tokenizer, texts=None):
     for split, reviews in (texts or load_texts(run)).items():
         rng = random.Random(f"{run['seed']} {split}")
         n = min(len(reviews), run["train_prefixes" if split == "train" else "eval_prefixes"])
-        ids = (tokenizer(" ".join(t.split()[:16]), add_special_tokens=False)["input_ids"] for t in rng.sample(reviews, n))
-        prefixes[split] = [tokenizer.decode(x[:rng.randint(2, 8)]) for x in ids]
+        prefixes[split] = []
+        for text in rng.sample(reviews, n):
+            ids, length = tokenizer(" ".join(text.split()[:16]), add_special_tokens=False)["input_ids"], rng.randint(2, 8)
+            while length < len(ids) and tokenizer.decode(ids[:length]).endswith("\ufffd"):         # inside a character
+                length += 1
+            prefixes[split].append(tokenizer.decode(ids[:length]))
     return prefixes
 
 
@@ -193,6 +198,43 @@ def build_pairs(run, model, tokenizer, prefixes, reward, dtype="float32"):
     return path
 
 
+def training_data(run, model, tokenizer, score, dtype):
+    """What a run trains on and what it holds out: examples and held_out, lists of (prompt, chosen, rejected) token ids; names, where each example
+    comes from; the sentiment task's prefixes for evaluation; how many pairs were truncated, and dropped. model draws the task's completions."""
+    length, sft, task, seed = run["max_length"], run["method"] == "sft", run["data"] in TASKS, run["seed"]
+    positions = getattr(model.config, "max_position_embeddings", None) or length
+    if length > positions:
+        sys.exit(f"error: --max_length={length} is more than the {positions} positions of {run['init_from']}; use --max_length={positions} or less")
+    if tokenizer.eos_token_id is None:
+        sys.exit(f"error: the tokenizer of {run['init_from']} has no EOS token, which ends every response; set eos_token in its tokenizer_config.json")
+    prefixes = task_prefixes(run, tokenizer) if task and not sft else {"test": []}
+    if task and sft:
+        texts = load_texts(run)
+        examples, held_out = (tokenize_texts(x, tokenizer, length) for x in (texts["train"], texts["test"][:run["eval_pairs"]]))
+        names, truncated, dropped = [f"text {n}" for n in range(len(examples))], 0, 0
+    else:
+        source = build_pairs(run, model, tokenizer, prefixes["train"], score, dtype) if task else run["data"]
+        pairs = read_pairs(source, tokenizer, "train", run["strict"])
+        if run["eval_data"] or source == "hh":
+            held_pairs = read_pairs(run["eval_data"] or "hh", tokenizer, "test", run["strict"])
+        else:
+            prompts = np.random.default_rng(seed).permutation(sorted({p[1] for p in pairs})).tolist()
+            held = set(prompts[:max(1, min(run["eval_pairs"], len(prompts) // 10))])
+            pairs, held_pairs = [p for p in pairs if p[1] not in held], [p for p in pairs if p[1] in held]
+            if not pairs:
+                sys.exit("error: all pairs share one prompt, so none can be held out; name held-out pairs with --eval_data")
+        held_pairs = [held_pairs[i] for i in np.random.default_rng(seed).permutation(len(held_pairs))[:run["eval_pairs"]]]
+        (examples, kept, truncated), (held_out, _, _) = (
+            tokenize(x, tokenizer, length, run["max_prompt_length"], run["truncation"]) for x in (pairs, held_pairs))
+        names, dropped = [pairs[i][0] for i in kept], len(pairs) - len(examples)
+    if not examples or not held_out:
+        sys.exit(f"error: every {'held-out' if examples else 'training'} pair was dropped: within --max_length={length} no two responses differ as tokens; "
+                 "raise --max_length, or take a tokenizer that knows these words")
+    if sft:
+        examples, held_out = ([(p, c, []) for p, c, _ in x] for x in (examples, held_out))
+    return examples, held_out, names, prefixes["test"], truncated, dropped
+
+
 def score_policy(model, ref, tokenizer, prefixes, reward, max_new_tokens, seed=0, dtype="float32"):
     """One sample for each test prefix: {reward, sample_kl, sample_rkl, entropy, their standard errors (name_se), n}."""
     with autocast(model.device, dtype):
@@ -226,6 +268,20 @@ def read_log(folder, step=float("inf")):
         except ValueError:
             break
     return [x for x in lines if x["step"] <= step]
+
+
+def start_log(folder, options, step, resume):
+    """The open log of a run, and its options.json. A resumed log keeps its lines up to the step, without one that was cut; a new run removes the
+    checkpoint of one that it replaces, so none ever lies beside another run's log."""
+    lines, path = [json.dumps(x) + "\n" for x in read_log(folder, step)] if resume else [], os.path.join(folder, "log.jsonl")
+    for name in [] if resume else os.listdir(folder):
+        if name in ("config.json", "model.safetensors") or name.startswith("training_state-"):
+            os.remove(os.path.join(folder, name))
+    for file, text in ((os.path.join(folder, "options.json"), json.dumps(options, indent=1)), (path, "".join(lines))):
+        with open(file + ".new", "w", encoding="utf-8") as f:
+            f.write(text)
+        os.replace(file + ".new", file)
+    return open(path, "a", encoding="utf-8")
 
 
 def draw(runs, path):

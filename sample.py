@@ -8,6 +8,8 @@
 Every response becomes one line of a .jsonl file: prompt, model, response, score, entropy, surprisal, kl, reverse_kl.
 """
 import argparse
+import atexit
+import datetime
 import difflib
 import glob
 import hashlib
@@ -19,7 +21,11 @@ import sys
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -227,6 +233,14 @@ def pack(lengths, row_length):
     return rows
 
 
+def best_row(steps, longest, limit, world, dense):
+    """The row length, a multiple of 128 up to limit, that costs least in these steps (lists of sizes) over all processes: a pass takes time of its
+    own, and dense attention takes the square of the length."""
+    least = -(-longest // 128) * 128
+    cost = lambda n: sum(-(-len(pack(x, n)) // world) for x in steps) * (n + 256 + (n * n / 1600 if dense else 0))
+    return min(range(least, max(least, limit) + 1, 128), key=cost)
+
+
 def collate(examples, indices, length=0, device="cpu", attention="pairs"):
     """A row of whole pairs, padded to length, as tensors on the device: ids and position (1, L), and for the N response tokens source
     (index of the token that predicts it), labels, and, on the CPU, pair and chosen; attention holds the body's arguments for it."""
@@ -302,12 +316,16 @@ AttentionMaskInterface.register("pair_attention", sdpa_mask)
 
 
 def response_states(body, model, batch):
-    """Hidden states (N, d) that predict the response tokens, and the output layer (V, d); a bias is one more column of each."""
+    """Hidden states (N, d) that predict the response tokens; where the output layer has a bias, with a column of ones."""
     out = body(input_ids=batch["ids"], position_ids=batch["position"], use_cache=False, **batch["attention"])
-    hidden, layer = out.last_hidden_state.flatten(0, 1)[batch["source"]], model.get_output_embeddings()
-    if getattr(layer, "bias", None) is None:
-        return hidden, layer.weight
-    return torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1), torch.cat([layer.weight, layer.bias[:, None]], 1)
+    hidden = out.last_hidden_state.flatten(0, 1)[batch["source"]]
+    return hidden if getattr(model.get_output_embeddings(), "bias", None) is None else torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1)
+
+
+def output_weight(model):
+    """The output layer (V, d), its bias as one more column."""
+    layer = model.get_output_embeddings()
+    return layer.weight if getattr(layer, "bias", None) is None else torch.cat([layer.weight, layer.bias[:, None]], 1)
 
 
 # -----------------------------------------------------------------------------
@@ -354,30 +372,106 @@ def file_hash(path):
     return digest.hexdigest()[:16]
 
 
-def save(folder, model, tokenizer, optimizer, step):
+# -----------------------------------------------------------------------------
+# many processes, by torchrun; checkpoints, the same for any number of them
+
+
+def join_processes(out_dir):
+    """(rank, world) of this process under torchrun, else (0, 1). From here on processes but rank 0 print nothing, and an error that nobody
+    caught is shown once, by the process that meets one first, with what helps against it; the others fail for want of that one."""
+    rank, world, first = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), lambda: True
+    if world > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(timeout=datetime.timedelta(days=1))     # rank 0 may sample pairs for hours
+        store, key = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False), "ended" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+        first = lambda: store.add(key, 1) == 1
+        atexit.register(first)              # what rank 0 says as it ends (sys.exit) is said before
+        if rank:
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+
+    def show(kind, error, trace):
+        if not first():
+            os._exit(1)
+        sys.stderr = sys.__stderr__
+        if isinstance(error, OSError):
+            return print(f"error: {error}. What {out_dir} held at its last save is whole: --resume=True continues from there", file=sys.stderr)
+        sys.__excepthook__(kind, error, trace)
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error):
+            print("error: out of memory. Lower --micro_tokens (no result changes), then --max_length; --dtype=bfloat16 halves what a pass keeps; torchrun "
+                  "spreads a model over several GPUs", file=sys.stderr)
+    sys.excepthook = show
+    return rank, world
+
+
+def from_rank_0(thing):
+    """The thing (any picklable object) that rank 0 has."""
+    if dist.is_initialized():
+        dist.broadcast_object_list(parcel := [thing], 0)
+        return parcel[0]
+    return thing
+
+
+def total(x):
+    """The sum of a tensor over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)       # what a checkpoint holds, whatever the number of processes
+
+
+def shard(model, device, compile):
+    """Spread a model over all processes, block by block (FSDP2), each block compiled where asked. Rank 0 has the weights; elsewhere they are on the meta device."""
+    weights, mesh = model.state_dict(), init_device_mesh(device, (dist.get_world_size(),))
+    for block in [m for m in model.modules() if type(m).__name__ in model._no_split_modules]:
+        if compile:
+            block.compile(dynamic=False)
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    if dist.get_rank():
+        model.to_empty(device=device).tie_weights()
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    for buffer in model.buffers():          # rotary frequencies, say, are in no state dict
+        dist.broadcast(buffer, 0)
+
+
+def save(folder, model, tokenizer, optimizer, step, data=""):
     """Write the checkpoint beside the old one, then move it over file by file. The training state's name holds the hash of the weights it
-    belongs to, so at every moment the folder's weights are whole and their own state lies beside them."""
+    belongs to, so at every moment the folder's weights are whole and their own state lies beside them. All processes call it, rank 0 writes."""
+    weights, state = get_state_dict(model, optimizer, options=FULL)
+    if dist.is_initialized() and dist.get_rank():
+        return
+    for name, source in model.all_tied_weights_keys.items():        # gathered apart, but one tensor in the file
+        weights[name] = weights[source]
     new = os.path.join(folder, ".saving")
-    shutil.rmtree(new, ignore_errors=True)
-    model.save_pretrained(new, max_shard_size="1000GB")
-    tokenizer.save_pretrained(new)
-    state = os.path.join(folder, f"training_state-{file_hash(os.path.join(new, 'model.safetensors'))}.pt")
-    torch.save({"step": step, "optimizer": optimizer.state_dict()}, os.path.join(new, "state.pt"))
-    os.replace(os.path.join(new, "state.pt"), state)
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        model.save_pretrained(new, state_dict=weights, max_shard_size="1000GB")
+        tokenizer.save_pretrained(new)
+        path = os.path.join(folder, f"training_state-{file_hash(os.path.join(new, 'model.safetensors'))}.pt")
+        torch.save({"step": step, "optimizer": state, "rng": torch.get_rng_state(), "data": data}, os.path.join(new, "state.pt"))
+    except Exception as error:              # no space left, above all: safetensors and torch raise their own kinds
+        shutil.rmtree(new, ignore_errors=True)
+        sys.exit(f"error: step {step} could not be saved in {folder}: {str(error).splitlines()[0]}. What was saved there before is whole: make room, "
+                 "and continue with --resume=True")
+    os.replace(os.path.join(new, "state.pt"), path)
     for name in sorted(os.listdir(new), reverse=True):      # the weights before config.json, which so says that they are there
         os.replace(os.path.join(new, name), os.path.join(folder, name))
     os.rmdir(new)
     for old in glob.glob(os.path.join(glob.escape(folder), "training_state-*.pt")):
-        if old != state:
+        if old != path:
             os.remove(old)
 
 
 def load_state(folder):
-    """{"step", "optimizer"} that belongs to the weights in folder."""
+    """{"step", "optimizer", "rng", "data"} that belongs to the weights in folder."""
     weights = os.path.join(folder, "model.safetensors")
     path = os.path.join(folder, f"training_state-{file_hash(weights)}.pt") if os.path.exists(weights) else ""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: state[name] for name in ("step", "optimizer", "rng", "data")}
     except Exception:               # missing, cut short, or no state file at all: the unpickler raises what it likes
         sys.exit(f"error: {folder} has no complete checkpoint, or its training_state file is damaged; start again with --overwrite=True")
 
@@ -398,8 +492,8 @@ def packing_error(model, examples, attention):
             return f"its {name} of {getattr(config, name)} tokens is shorter than the longest prompt and response, {longest}"
     try:
         length = 0 if attention == "pairs" else -(-sum(map(size, examples)) // 128) * 128
-        hidden, weight = response_states(model.base_model, model, collate(examples, range(len(examples)), length, model.device, attention))
-        n = 0
+        hidden = response_states(model.base_model, model, collate(examples, range(len(examples)), length, model.device, attention))
+        weight, n = output_weight(model), 0
         for example in examples:
             for response in filter(None, example[1:]):
                 n += len(response)
@@ -442,6 +536,7 @@ def generate(model, tokenizer, prompts, max_new_tokens, num_samples=1, temperatu
     stop = {tokenizer.eos_token_id, *(stop if isinstance(stop, list) else [stop])} - {None}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     config = GenerationConfig(do_sample=True, temperature=temperature, top_p=top_p, top_k=0, pad_token_id=pad, eos_token_id=sorted(stop))
+    many = isinstance(model, FSDPModule)
     own, model.generation_config = model.generation_config, GenerationConfig()      # its repetition penalty, say, would fill what config leaves open
     positions = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     if (longest := max(map(len, prompts))) >= positions:
@@ -458,8 +553,10 @@ def generate(model, tokenizer, prompts, max_new_tokens, num_samples=1, temperatu
                 ids = torch.tensor([[pad] * (width - n) + prompts[i] for n, i in batch], device=model.device)
                 mask = torch.tensor([[0] * (width - n) + [1] * n for n, _ in batch], device=model.device)
                 config.max_new_tokens = min(max_new_tokens, positions - width)
-                out = model.generate(ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
-                for (_, i), new in zip(batch, out):
+                out = model.generate(ids, attention_mask=mask, generation_config=config, synced_gpus=many)[:, width:].contiguous()
+                if many:
+                    dist.broadcast(out, 0)              # processes that draw one token apart would drift further apart
+                for (_, i), new in zip(batch, out.tolist()):
                     end = next((t for t, token in enumerate(new) if token in stop), len(new))
                     responses[i].append(new[:end + 1])
                 bar.update(len(batch))

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -367,8 +368,8 @@ def test_packed_rows_equal_separate_sequences(name, attention):
     found = []
     for row in rows:
         batch = sample.collate(examples, row, 40 if attention == "dense" else 0, "cpu", attention)
-        states = [sample.response_states(m.base_model, m, batch) for m in (model, ref)]
-        loss, stats = tdpo.fused_tdpo_loss(*states[0], *(x.detach() for x in states[1]), batch["labels"], batch["pair"], batch["chosen"], BETA, ALPHA)
+        states = [f for m in (model, ref) for f in (sample.response_states(m.base_model, m, batch), sample.output_weight(m))]
+        loss, stats = tdpo.fused_tdpo_loss(*states, batch["labels"], batch["pair"], batch["chosen"], BETA, ALPHA)
         (loss * len(row) / len(examples)).backward()
         found.append(stats)
     stats = {key: torch.cat([x[key] for x in found]) for key in tdpo.STATS}
@@ -401,7 +402,7 @@ def test_flex_attention_gives_the_same_states(name, monkeypatch):
     model, examples = tiny(name), examples_of()
     model.set_attn_implementation("pair_attention")
     with torch.no_grad():
-        flex, dense = (sample.response_states(model.base_model, model, sample.collate(examples, range(5), 128, "cpu", how))[0] for how in ("flex", "dense"))
+        flex, dense = (sample.response_states(model.base_model, model, sample.collate(examples, range(5), 128, "cpu", how)) for how in ("flex", "dense"))
     assert torch.allclose(flex, dense, atol=2e-6) and len(calls) == 2
 
 
@@ -417,7 +418,7 @@ def test_a_compiled_body_takes_every_block_mask_with_one_graph(monkeypatch):
     with torch.no_grad():
         for seed in range(3):
             batches = [sample.collate(examples_of(seed), range(5), 128, "cpu", how) for how in ("flex", "dense")]
-            states = [sample.response_states(b, model, batch)[0] for b, batch in zip((body, model.base_model), batches)]
+            states = [sample.response_states(b, model, batch) for b, batch in zip((body, model.base_model), batches)]
             assert torch.allclose(*states, atol=2e-6)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 1
 
@@ -462,7 +463,7 @@ def test_pack_is_within_bounds_and_a_step_takes_each_pair_once_an_epoch():
 def test_metrics_are_means_over_pairs():
     stats = {name: torch.tensor(x) for name, x in dict(loss=[1.0, 2.0], logratio_w=[1.0, -1.0], logratio_l=[0.5, 2.0], kl_w=[0.1, 0.2], kl_l=[4.0, 0.1], rkl_w=[1.0, 2.0],
                                                        rkl_l=[2.0, 1.0]).items()}
-    found = {name: x.item() for name, x in train.preference_metrics(stats, "tdpo2", 0.1, 0.5).items()}
+    found = {name: x.float().mean().item() for name, x in train.preference_metrics(stats, "tdpo2", 0.1, 0.5).items()}
     margins = [0.1 * (0.5 - 0.5 * 3.9), 0.1 * (-3 - 0.5 * -0.1)]
     assert found == pytest.approx(dict(loss=1.5, acc=0.5, acc_loss=0, margin=sum(margins) / 2, logratio_w=0, logratio_l=1.25, kl_w=0.15, kl_l=2.05, kl_gap=2.0, rkl_w=1.5,
                                        rkl_l=1.5, rkl_gap=1.0))
@@ -544,7 +545,7 @@ def script(name, *args, fresh=False):
         return done.returncode, done.stdout + done.stderr
     import contextlib
     import io
-    out, code, argv = io.StringIO(), 0, sys.argv
+    out, code, argv, kept = io.StringIO(), 0, sys.argv, sys.excepthook
     sys.argv = [path, *args]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
@@ -553,7 +554,12 @@ def script(name, *args, fresh=False):
         code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
         out.write(stop.code if isinstance(stop.code, str) else "")
     finally:
-        sys.argv = argv
+        sys.argv, sys.excepthook = argv, kept
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        for file in os.listdir("/proc/self/fd"):                # the lock of its directory, which would end with its process
+            if os.path.isdir(f"/proc/self/fd/{file}"):
+                os.close(int(file))
         sample.AttentionInterface.register("pair_attention", sample.pair_attention)     # sample.py, run as a script, registered its own copy
     return code, out.getvalue()
 
@@ -580,11 +586,9 @@ def runs(tmp_path_factory):
 
 
 def train_on_pairs(runs, out_dir, *args):
-    out_dir = os.path.join(runs["folder"], out_dir)
-    code, out = script("train.py", f"--data={runs['pairs']}", f"--init_from={runs['sft']}", "--max_length=64", "--max_prompt_length=16", "--batch_size=8", "--warmup_steps=3", "--device=cpu",
-                       "--learning_rate=1e-4", "--save_interval=0", f"--out_dir={out_dir}", *args)
+    code, out = script("train.py", *options_on_pairs(runs, out_dir, *args))
     assert code == 0, out
-    return out_dir
+    return os.path.join(runs["folder"], out_dir)
 
 
 def test_the_sentiment_task_end_to_end(runs):
@@ -616,7 +620,7 @@ def test_pairs_are_kept_labelled_and_reused(runs):
     assert f"reusing {path}" in script("train.py", *common, f"--out_dir={runs['folder']}/dpo")[1]
     assert "pairs: sampling" in script("train.py", *common, "--seed=2", f"--out_dir={runs['folder']}/dpo2")[1]
     code, out = script("train.py", *common, "--min_score_gap=3", f"--out_dir={runs['folder']}/dpo3")
-    assert code == 1 and "every pair was dropped" in out and "--min_score_gap" in out and not os.path.exists(f"{runs['folder']}/dpo3")
+    assert code == 1 and "every pair was dropped" in out and "--min_score_gap" in out and not os.listdir(f"{runs['folder']}/dpo3")
 
 
 def test_a_classifier_is_a_reward(words, tmp_path):
@@ -677,10 +681,205 @@ def test_resume_continues_bit_for_bit(runs):
     code, out = script("train.py", "--resume=True", f"--out_dir={parts}", "--max_steps=20")
     assert code == 0, out
     assert open(whole + "/model.safetensors", "rb").read() == open(parts + "/model.safetensors", "rb").read()
-    a, b = (sample.load_state(x) for x in (whole, parts))
-    assert a["step"] == b["step"] == 20 and all(torch.equal(x["square_avg"], b["optimizer"]["state"][k]["square_avg"]) for k, x in a["optimizer"]["state"].items())
-    timing = ("pairs_per_s", "tokens_per_s", "peak_gib")
-    assert [{k: v for k, v in x.items() if k not in timing} for x in log_of(whole)] == [{k: v for k, v in x.items() if k not in timing} for x in log_of(parts)]
+    same_run(whole, parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# several processes, signals, kills
+
+
+def same_run(a, b, exactly=True):
+    """Two run directories hold the same weights, optimizer and log, timing aside."""
+    logs = [[{k: v for k, v in x.items() if k not in ("pairs_per_s", "tokens_per_s", "peak_gib")} for x in log_of(f)] for f in (a, b)]
+    states = [sample.load_state(f) for f in (a, b)]
+    weights = [torch.cat([x.flatten() for x in sample.load_model(f)[0].parameters()]) for f in (a, b)]
+    squares = [torch.cat([s["optimizer"]["state"][k]["square_avg"].flatten() for k in states[0]["optimizer"]["state"]]) for s in states]
+    assert states[0]["step"] == states[1]["step"] and len(weights[0]) == len(squares[0]) > 10000
+    if exactly:
+        assert logs[0] == logs[1] and torch.equal(*weights) and torch.equal(*squares)
+    else:       # where gradients vanish, RMSprop magnifies their rounding
+        assert all((x - y).norm() < limit * x.norm() for (x, y), limit in ((weights, 1e-5), (squares, 1e-5)))
+        assert [list(x) for x in logs[0]] == [list(x) for x in logs[1]]
+        for x, y in zip(*logs):
+            assert x == pytest.approx(y, rel=2e-4, abs=2e-6)
+
+
+def torchrun(n, *args, env={}):
+    """train.py on n processes: (exit code, output)."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", os.path.join(HERE, "train.py"), *args]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+    return done.returncode, done.stdout + done.stderr
+
+
+def options_on_pairs(runs, out_dir, *args):
+    return [f"--data={runs['pairs']}", f"--init_from={runs['sft']}", "--max_length=64", "--max_prompt_length=16", "--batch_size=8", "--warmup_steps=3", "--device=cpu",
+            "--learning_rate=1e-4", "--save_interval=0", f"--out_dir={os.path.join(runs['folder'], out_dir)}", *args]
+
+
+def test_one_two_and_three_processes_agree_and_resume_each_other(runs, words):
+    """A tied model on 3 processes at once, on 2 and then on 1; an untied one on 1 and then on 2: each ends where one process ends that never stopped."""
+    untied = f"--init_from={runs['folder']}/untied"
+    torch.manual_seed(0)
+    llama = AutoModelForCausalLM.from_config(LlamaConfig(**{**SIZES, "vocab_size": len(words)}, intermediate_size=48, num_key_value_heads=2, tie_word_embeddings=False, eos_token_id=0))
+    llama.save_pretrained(untied[12:]), words.save_pretrained(untied[12:])
+    long = ["--max_steps=10", "--eval_interval=5", "--batch_size=7"]
+    for name, model, parts in (("tied", [], ((3, 10),)), ("tied", [], ((2, 5), (1, 10))), ("untied", [untied], ((1, 5), (2, 10)))):
+        whole = train_on_pairs(runs, f"{name}-whole", *long, *model, "--overwrite=True")
+        for n, steps in parts:
+            options = options_on_pairs(runs, f"{name}-parts", *long, *model, f"--max_steps={steps}", "--overwrite=True") if steps == parts[0][1] else \
+                ["--resume=True", f"--out_dir={runs['folder']}/{name}-parts", f"--max_steps={steps}"]
+            code, out = torchrun(n, *options) if n > 1 else script("train.py", *options)
+            assert code == 0 and out.count("median speed") == 1, out
+        same_run(whole, f"{runs['folder']}/{name}-parts", exactly=False)
+        assert json.load(open(f"{runs['folder']}/{name}-parts/config.json"))["architectures"] == json.load(open(f"{whole}/config.json"))["architectures"]
+
+
+def test_what_one_process_meets_ends_all_and_is_said_once(runs, tmp_path):
+    code, out = torchrun(2, *options_on_pairs(runs, "many-bad", "--max_steps=2", "--alpha=-1"))
+    assert code and out.count("--alpha=-1.0: it must be at least 0") == 1, out
+    code, out = torchrun(2, *options_on_pairs(runs, "many-bad", "--max_steps=2", "--max_length=500"))
+    assert code and out.count("more than the 128 positions") == 1 and f'File "{HERE}/train.py"' not in out, out
+    (tmp_path / "sitecustomize.py").write_text("import os\nif os.environ.get('RANK') == '1':\n    import torch\n    def step(*_, **__): raise RuntimeError('boom on one')\n"
+                                               "    torch.optim.RMSprop.step = step\n")
+    code, out = torchrun(2, *options_on_pairs(runs, "many-bad", "--max_steps=2"), env={"PYTHONPATH": str(tmp_path)})
+    assert code and out.count("RuntimeError: boom on one") == 1 and out.count(f'File "{HERE}/train.py", line') == 1, out         # torchrun adds a traceback of its own
+
+
+def start(*args):
+    """train.py in the background."""
+    return subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(what, process, seconds=60):
+    began = time.time()
+    while not what():
+        assert process.poll() is None and time.time() - began < seconds, process.communicate()[0]
+        time.sleep(0.01)
+
+
+def test_signals_finish_the_step_and_save(runs):
+    whole, folder = train_on_pairs(runs, "signals-whole", "--max_steps=60"), os.path.join(runs["folder"], "signals")
+    running = lambda step: os.path.exists(folder + "/log.jsonl") and log_of(folder)[-1:] and log_of(folder)[-1]["step"] >= step
+    options, reached = options_on_pairs(runs, "signals", "--max_steps=60"), 0
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = start(*options)
+        wait_for(lambda: running(reached + 3), process)
+        code, out = script("train.py", "--resume=True", f"--out_dir={folder}")      # one directory, one run
+        assert code == 1 and "another run is at work in it" in out
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=60)
+        reached = sample.load_state(folder)["step"]
+        assert process.returncode == 128 + number and f"stopped after step {reached}, which is saved | continue: python train.py --resume=True --out_dir={folder}" in out, out
+        assert log_of(folder)[-1]["step"] == reached < 60
+        options = ["--resume=True", f"--out_dir={folder}"]
+    with open(folder + "/log.jsonl", "a") as f:             # what a kill leaves: steps after the last save, and a line that was cut
+        f.write(json.dumps({"step": reached + 1, "loss": 9}) + '\n{"step": 99, "lo')
+    code, out = script("train.py", *options)
+    assert code == 0, out
+    same_run(whole, folder)
+
+
+def test_a_second_signal_leaves_at_once(runs):
+    process = start(*options_on_pairs(runs, "signals2", "--max_steps=3", "--batch_size=20000", "--log_interval=1"))
+    caught = lambda: int(re.search(r"SigCgt:\s+(\w+)", open(f"/proc/{process.pid}/status").read())[1], 16) >> signal.SIGTERM - 1 & 1
+    wait_for(caught, process)
+    process.send_signal(signal.SIGTERM)
+    wait_for(lambda: not caught(), process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=10)
+    assert process.returncode == -signal.SIGTERM and not os.path.exists(runs["folder"] + "/signals2/model.safetensors")
+
+
+def test_kills_leave_the_last_save(runs):
+    """SIGKILL at random moments of a run that saves at every step, so that many fall into a save; TDPO_KILLS=20 for twenty of them."""
+    folder, rng, options, step, lost = os.path.join(runs["folder"], "kills"), np.random.default_rng(), options_on_pairs(runs, "kills", "--max_steps=100000", "--log_interval=1000"), 0, 0
+    options = [*options, "--save_interval=1", "--eval_pairs=2"]
+    state = lambda: next(iter(sample.glob.glob(folder + "/training_state-*.pt")), None)
+    for _ in range(int(os.environ.get("TDPO_KILLS", 3))):
+        process, before = start(*options), state()
+        wait_for(lambda: state() != before, process)
+        time.sleep(rng.uniform(0, 0.5))
+        logged = log_of_whole_lines(folder)
+        process.kill()
+        process.communicate()
+        model, _ = sample.load_model(folder)
+        new = sample.load_state(folder)["step"]
+        assert new >= max(step, logged - 2) and all(torch.isfinite(p).all() for p in model.parameters())
+        assert AutoModelForCausalLM.from_pretrained(folder) and log_of_whole_lines(folder) >= new
+        lost += os.path.exists(folder + "/.saving")
+        step, options = new, ["--resume=True", f"--out_dir={folder}"]
+    print(f"{lost} kills fell into a save")
+
+
+def log_of_whole_lines(folder):
+    return eval_imdb.read_log(folder)[-1]["step"]
+
+
+def test_a_save_that_fails_keeps_the_one_before(runs):
+    """Files that may not grow beyond 100 kB stand for a full disk."""
+    folder = train_on_pairs(runs, "full", "--max_steps=2")
+    code = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); sys.argv = ['train.py', '--resume=True', '--out_dir={folder}', '--max_steps=4']\n" \
+           "runpy.run_path('train.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 1 and re.search("error: step 4 could not be saved in .*/full: .*What was saved there before is whole", done.stderr), done.stderr
+    assert sample.load_state(folder)["step"] == 2 and not os.path.exists(folder + "/.saving") and sample.load_model(folder)
+
+
+def test_uncaught_errors_say_what_helps(capfd, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    sample.join_processes("out/x")
+    for error, said in ((torch.OutOfMemoryError("CUDA out of memory. Tried"), "--micro_tokens"), (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), "--micro_tokens"),
+                        (OSError(28, "No space left on device", "out/x/log.jsonl"), "No space left on device: 'out/x/log.jsonl'. What out/x held")):
+        sys.excepthook(type(error), error, None)
+        assert said in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_warnings_about_rounded_weights(runs, monkeypatch):
+    model, tokenizer = sample.load_model(runs["sft"])
+    low = os.path.join(runs["folder"], "low")
+    model.to(torch.bfloat16).save_pretrained(low), tokenizer.save_pretrained(low)
+    code, out = script("train.py", *options_on_pairs(runs, "rounded-ref", "--max_steps=1", f"--ref_from={low}"))
+    assert code == 0 and re.search(r"warning: before the first step the KL from \S+low is \S+ nats, not 0", out), out
+    load = sample.load_model
+    monkeypatch.setattr(sample, "load_model", lambda *x, **y: (load(*x, **y)[0].to(torch.bfloat16), tokenizer))       # as one would edit it
+    code, out = script("train.py", *options_on_pairs(runs, "rounded", "--max_steps=1", "--learning_rate=5e-6"))
+    assert "warning: weights in torch.bfloat16 round updates of 5e-06 away" in out, out
+
+
+def test_damaged_checkpoints_and_changed_data_are_refused(runs, tmp_path):
+    import pickle
+    import shutil
+    good = train_on_pairs(runs, "to-damage", "--max_steps=2")
+
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / "ran"), "w")
+
+    def cut(folder, state):
+        os.truncate(folder / "model.safetensors", 1000)
+    damages = {
+        "no complete checkpoint": [lambda f, s: os.truncate(s, 100), lambda f, s: s.write_bytes(pickle.dumps(Evil())), lambda f, s: torch.save({"step": 1}, s), lambda f, s: s.unlink(), cut,
+                                   lambda f, s: s.write_text("")],
+        "another version's": [lambda f, s: (f / "options.json").write_text(json.dumps({**json.load(open(f / "options.json")), **x})) for x in ({"gamma": 1}, {"beta": "x"}, {"alpha": None})],
+        "cannot be read": [lambda f, s: (f / "options.json").write_text(x) for x in ("{", "[]", "3", "")],
+    }
+    for message, ways in damages.items():
+        for n, way in enumerate(ways):
+            folder = tmp_path / f"{message[:3]}{n}"
+            shutil.copytree(good, folder)
+            way(folder, next(folder.glob("training_state-*.pt")))
+            before = {p.name: p.read_bytes() for p in folder.iterdir()}
+            code, out = script("train.py", "--resume=True", f"--out_dir={folder}", "--max_steps=4")
+            assert code and message in out and "Traceback" not in out, (message, n, out)
+            assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert not (tmp_path / "ran").exists()
+    changed = dict(runs, pairs=str(tmp_path / "changed.jsonl"))
+    lines = open(runs["pairs"]).read()
+    open(changed["pairs"], "w").write(lines)
+    folder = train_on_pairs(changed, "changed", "--max_steps=2")
+    open(changed["pairs"], "w").write(lines.replace(" the ", " a ", 1))
+    code, out = script("train.py", "--resume=True", f"--out_dir={folder}", "--max_steps=4")
+    assert code == 1 and "was trained on is another now" in out, out
 
 
 @pytest.mark.parametrize("method", ("tdpo2", "sft"))
@@ -757,7 +956,7 @@ OPTIONS = [     # (options, what the message says); exit code 2, before anything
     ("--beta=nan", "--beta=nan: expected a number"), ("--batch_size=0", "at least 1"), ("--batch_size=1.5", "a whole number"), ("--resume=maybe", "True or False"),
     ("--max_length=8 --max_prompt_length=8", "leaves no room"), ("--truncation=middle", "left, right"), ("--optimizer=adam", "rmsprop, adamw"),
     ("--data=a/b", "needs a model"), ("--method=sft --reward=exact", "--reward would be ignored"), ("--data=a/b --init_from=scratch", "scratch is the tiny"),
-    ("--init_from=./nowhere", "--init_from=./nowhere: no such"), ("--reward=out/no", "--reward=out/no: no such"), ("--out_dir=train.py/x", "train.py is a file"),
+    ("--init_from=./nowhere", "--init_from=./nowhere: no such"), ("--reward=out/no", "--reward=out/no: no such"),
     ("--resume=True --out_dir=nowhere", "nowhere holds no run"), ("--wandb_log=True", "pip install wandb"),
 ]
 
@@ -824,7 +1023,66 @@ def test_bad_files_and_models(runs, broken_models, tmp_path, content, options, m
     code, out = script("train.py", *base, *options.split())
     last = out.strip().splitlines()[-1]
     assert code == 1 and last.startswith("error: ") and re.search(message, last), out
-    assert "Traceback" not in out and len(re.findall(r"[.;] [A-Z]", last)) <= 3 and not os.path.exists(tmp_path / "out")
+    assert "Traceback" not in out and len(re.findall(r"[.;] [A-Z]", last)) <= 3 and not os.listdir(tmp_path / "out")
+
+
+def test_fuzzed_options_and_files_never_end_in_a_traceback(runs, words, tmp_path, monkeypatch):
+    hypothesis = pytest.importorskip("hypothesis")
+    from hypothesis import strategies as st
+    monkeypatch.chdir(tmp_path)
+    settings = hypothesis.settings(max_examples=150, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck))
+    names = st.sampled_from(sorted(train.configure(["--out_dir=out/x"]))) | st.text(max_size=6)
+    values = st.sampled_from(["", "0", "-1", "1e400", "nan", "True", "dpo", "hh", "a/b", ".", "/", runs["pairs"], "\0"]) | st.text(max_size=8) | st.integers().map(str)
+
+    @settings
+    @hypothesis.given(st.lists(st.builds("--{}={}".format, names, values) | st.text(max_size=8), max_size=5))
+    def options(argv):
+        try:
+            assert set(train.configure(argv)) >= {"method", "out_dir"}
+        except SystemExit as stop:
+            assert stop.code in (0, 2)          # 0 is --help
+
+    texts = st.text() | st.sampled_from(["\ud800", "\0\x1b[2J", "", " ", "é" * 9])
+    scalars = st.none() | st.booleans() | st.integers() | st.floats() | texts
+    messages = st.lists(st.dictionaries(st.sampled_from(["role", "content"]), scalars | st.just("user")), max_size=2)
+    anything = st.recursive(scalars, lambda x: st.lists(x, max_size=3) | st.dictionaries(texts, x, max_size=3), max_leaves=6)
+    rows = st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected"]), scalars | messages | anything) | anything
+    lines = rows.map(lambda x: json.dumps(x).encode()) | st.binary(max_size=30) | st.just(GOOD.encode())
+
+    @settings
+    @hypothesis.given(st.lists(lines, max_size=5))
+    def files(content):
+        path = tmp_path / "fuzz.jsonl"
+        path.write_bytes(b"\n".join(content))
+        for template in (None, "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}"):
+            words.chat_template = template
+            try:
+                pairs = sample.read_pairs(str(path), words)
+                sample.tokenize(pairs, words, 16, 4, "left")
+            except SystemExit as stop:
+                assert isinstance(stop.code, str) and stop.code.startswith("error: ")
+    options()
+    files()
+    words.chat_template = None
+
+
+def test_odd_texts_survive(words, tmp_path):
+    """Control characters, long lines and beginnings cut inside a character, in a tokenizer whose tokens are bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({"<eos>": 0, **{c: n + 1 for n, c in enumerate(letters)}}, []))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
+    odd = "\0\x1b[31m\u202e\t😀é" * 3
+    path = tmp_path / "odd.jsonl"
+    path.write_text("".join(json.dumps(dict(prompt=p, chosen=odd, rejected=r)) + "\n" for p, r in (("", "a"), (odd, "b"), ("x" * 3_000_000, "c" * 3_000_000))))
+    (empty, *_), _, (cut, w, _) = sample.tokenize(sample.read_pairs(str(path), tokenizer), tokenizer, 64, 16, "left")[0]
+    assert empty == [0] and len(cut) == 16 and odd.startswith(tokenizer.decode(w).rstrip("\ufffd"))
+    prompt, response = tokenizer("😀")["input_ids"][:2], tokenizer("😀é")["input_ids"][2:]            # the prompt is half a character
+    assert eval_imdb.response_text(tokenizer, prompt, response).endswith("é")
+    prefixes = eval_imdb.task_prefixes(dict(seed=1, train_prefixes=40, eval_prefixes=40), tokenizer, {"train": ["😀" * 9] * 40, "test": ["😀" * 9] * 40})
+    assert all("\ufffd" not in x and x for x in prefixes["train"] + prefixes["test"])
 
 
 def test_no_remote_code_runs(runs, tmp_path, monkeypatch):
@@ -869,7 +1127,7 @@ def test_a_run_is_not_overwritten_and_a_non_finite_loss_stops(runs):
 def test_readme_names_options_that_exist():
     readme = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
     source = "".join(open(os.path.join(HERE, f), encoding="utf-8").read() for f in ("sample.py", "eval_imdb.py", "test_tdpo.py"))
-    known = set(train.configure(["--out_dir=out/x"])) | set(re.findall(r'add_argument\("--(\w+)"', source)) | {"help", "nproc_per_node"}
+    known = set(train.configure(["--out_dir=out/x"])) | set(re.findall(r'add_argument\("--(\w+)"', source)) | {"help", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
     named = set(re.findall(r"--(\w+)", readme))
     assert named <= known and len(named) > 15, named - known
     assert len(readme.splitlines()) <= 250

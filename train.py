@@ -13,12 +13,15 @@ Paper: Token-level Direct Preference Optimization, Zeng et al., ICML 2024, arXiv
 import argparse
 import ctypes
 import difflib
+import fcntl
 import functools
+import hashlib
 import importlib.util
 import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -113,7 +116,9 @@ def configure(argv):
     if c.resume:
         try:
             preset = {**json.load(open(os.path.join(folder, "options.json"), encoding="utf-8")), "resume": True, "overwrite": False}
-        except (OSError, ValueError, TypeError):
+            wrong += [f"--resume=True: {folder}/options.json is another version's: {name}={preset.pop(name)} is no option here; start again with --overwrite=True"
+                      for name in list(preset) if type(preset[name]) is not type(defaults.get(name))]
+        except (OSError, ValueError, TypeError, AttributeError):
             wrong.append(f"--resume=True: {folder} holds no run, or its options.json cannot be read; name the --out_dir of a run")
         wrong += [f"--{name}={value} would change the run in {folder}, which has {preset[name]}; leave it out, or start another --out_dir"
                   for name, value in given.items() if name in preset and value != preset[name] and name not in CHANGEABLE]
@@ -158,15 +163,13 @@ def configure(argv):
         wrong.append("scratch is the tiny untrained model of --data=reviews and knows its words alone; name a directory or a hub id")
     if c.wandb_log and not importlib.util.find_spec("wandb"):
         wrong.append("--wandb_log=True: wandb is not installed; pip install wandb, or leave it out")
-    parts = folder.split(os.sep)
-    wrong += [f"--out_dir={folder}: {x} is a file; name a directory" for x in (os.sep.join(parts[:n + 1]) for n in range(len(parts))) if os.path.isfile(x)]
     if any(os.path.realpath(x) == os.path.realpath(folder) for x in (c.init_from, c.ref_from) if x):
         wrong.append(f"--out_dir={folder} is a model that the run starts from; name another")
     elif not (c.resume or c.overwrite) and any(os.path.exists(os.path.join(folder, f)) for f in ("options.json", "log.jsonl", "config.json")):
         wrong.append(f"--out_dir={folder} holds another run: --resume=True continues it, --overwrite=True replaces it, another --out_dir keeps it")
     if c.resume and c.overwrite:
         wrong.append("--resume=True and --overwrite=True contradict each other")
-    if wrong:
+    if wrong and os.environ.get("RANK", "0") == "0":        # of many processes the first speaks for all, and is the one that has the files
         print("error: " + "\nerror: ".join(wrong), file=sys.stderr)
         sys.exit(2)
     return vars(c)
@@ -174,17 +177,29 @@ def configure(argv):
 
 if __name__ == "__main__":      # before the imports below, so that a typing mistake costs no time
     options = configure(sys.argv[1:])
+    if os.environ.get("RANK", "0") == "0":
+        try:                    # one run a directory: the lock lasts as long as this process, however it ends
+            os.makedirs(options["out_dir"], exist_ok=True)
+            fcntl.flock(os.open(options["out_dir"], os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            sys.exit(f"error: --out_dir={options['out_dir']}: " + ("another run is at work in it; name another directory, or wait" if isinstance(error, BlockingIOError)
+                     else f"{error.strerror}; name a directory that can be written"))
+        options = configure(sys.argv[1:])       # again, as a run may have come and gone before the lock was ours
     globals().update(options)
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # torch on a CPU asks for huge pages: its large buffers are new in every pass
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")     # of its kernels for each length of a row and a pair, 1024 would fill memory bit by bit
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+from torch.distributed.fsdp import register_fsdp_forward_method
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM
 
 import eval_imdb
-from sample import (DEVICES, autocast, choose_attention, collate, load_model, load_reference, load_state, pack, read_pairs, response_states, save,
-                    size, tokenize, tokenize_texts)
+from sample import (DEVICES, autocast, best_row, choose_attention, collate, from_rank_0, join_processes, load_model, load_reference, load_state, output_weight, pack,
+                    response_states, save, shard, size, total)
 from tdpo import fused_sft_loss, fused_tdpo_loss, margin
 
 
@@ -203,13 +218,12 @@ def step_indices(step, batch_size, n, seed):
 
 
 def preference_metrics(stats, method, beta, alpha):
-    """Means over pairs of what the log holds, as a dict of 0-d tensors; stats as from tdpo_loss. acc compares log-ratios, the same for
-    every method; acc_loss is the method's own, margin > 0; the gaps are means of absolute differences."""
+    """What the log holds means of, a dict of (P,) tensors; stats as from tdpo_loss. acc compares log-ratios, the same for every method;
+    acc_loss is the method's own, margin > 0; the gaps are absolute differences."""
     s = stats
     m = margin(method, s["logratio_w"], s["logratio_l"], s["kl_w"], s["kl_l"], beta, alpha)
-    columns = {"loss": s["loss"], "acc": s["logratio_w"] > s["logratio_l"], "acc_loss": m > 0, "margin": m, **{name: s[name] for name in s if name != "loss"},
-               "kl_gap": (s["kl_l"] - s["kl_w"]).abs(), "rkl_gap": (s["rkl_l"] - s["rkl_w"]).abs()}
-    return {name: x.float().mean() for name, x in columns.items()}
+    return {"loss": s["loss"], "acc": s["logratio_w"] > s["logratio_l"], "acc_loss": m > 0, "margin": m, **{name: s[name] for name in s if name != "loss"},
+            "kl_gap": (s["kl_l"] - s["kl_w"]).abs(), "rkl_gap": (s["rkl_l"] - s["rkl_w"]).abs()}
 
 
 def peak_gib(device):
@@ -221,10 +235,12 @@ def peak_gib(device):
 
 if __name__ == "__main__":
     # -------------------------------------------------------------------------
-    # device
-    started, sft, task = time.time(), method == "sft", data in TASKS
-    if device == "auto":
-        device = DEVICES[0]
+    # processes and device
+    started, signals, (rank, world) = time.time(), [], join_processes(out_dir)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # until there is something to save
+    globals().update(from_rank_0(options))              # which reads, prints and writes for all
+    sft, task = method == "sft", data in TASKS
+    device = DEVICES[0] if device == "auto" else device
     if device not in DEVICES:
         sys.exit(f"error: --device={device}: torch {torch.__version__} sees no such device here; --device=cpu works everywhere")
     dtype = ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype
@@ -235,144 +251,121 @@ if __name__ == "__main__":
             libc.mallopt(-1, 2**31 - 1)                             # into fresh pages
 
     # -------------------------------------------------------------------------
-    # policy and reference
-    if init_from == "scratch" and not sft:          # the embedded task trains its SFT model first, with this same file
-        init_from = options["init_from"] = os.path.join(os.path.dirname(out_dir), f"reviews-sft-{seed}")
-        if not os.path.exists(os.path.join(init_from, "config.json")):
-            command = ["--method=sft", f"--out_dir={init_from}", f"--seed={seed}", f"--device={device}", f"--dtype={dtype}", "--overwrite=True"]
-            print("the SFT model first: python train.py " + " ".join(command), flush=True)
-            if subprocess.run([sys.executable, __file__, *command]).returncode:
-                sys.exit("error: the SFT run failed")
-            print()
-    model, tokenizer = eval_imdb.scratch_model(seed) if init_from == "scratch" else load_model(init_from, device)
-    model.to(device)
-    positions = getattr(model.config, "max_position_embeddings", None) or max_length
-    if max_length > positions:
-        sys.exit(f"error: --max_length={max_length} is more than the {positions} positions of {init_from}; use --max_length={positions} or less")
-    if tokenizer.eos_token_id is None:
-        sys.exit(f"error: the tokenizer of {init_from} has no EOS token, which ends every response; set eos_token in its tokenizer_config.json")
-    if not sft:
-        ref = load_reference(ref_from or init_from, model, tokenizer)
+    # policy, reference, data
+    found = ref = score = state = None
+    if rank == 0:
+        if init_from == "scratch" and not sft:      # the embedded task trains its SFT model first, with this same file
+            init_from = options["init_from"] = os.path.join(os.path.dirname(out_dir), f"reviews-sft-{seed}")
+            if not os.path.exists(os.path.join(init_from, "config.json")):
+                command = ["--method=sft", f"--out_dir={init_from}", f"--seed={seed}", f"--device={device}", f"--dtype={dtype}", "--overwrite=True"]
+                print("the SFT model first: python train.py " + " ".join(command), flush=True)
+                if subprocess.run([sys.executable, __file__, *command], env={**os.environ, "RANK": "0", "WORLD_SIZE": "1"}).returncode:
+                    sys.exit("error: the SFT run failed")
+                print()
+        place = device if world == 1 or task else "cpu"         # one GPU may be too small for the whole model
+        model, tokenizer = eval_imdb.scratch_model(seed) if init_from == "scratch" else load_model(init_from, place)
+        model.to(place)
+        if not sft:
+            ref = load_reference(ref_from or init_from, model, tokenizer)
+            score = eval_imdb.load_reward(reward, device) if task else None
+        examples, held_out, *others = eval_imdb.training_data(options, model, tokenizer, score, dtype)
+        longest, step = max(examples + held_out, key=lambda e: len(e[0]) + max(len(e[1]), len(e[2]))), 0
+        attention = choose_attention([(init_from, model)] + ([] if sft else [(ref_from or "the reference", ref)]), [examples[0], longest],
+                                     "flex" if place == "cuda" else "dense" if compile else "pairs")
+        attention, digest = "flex" if device == "cuda" and attention == "pairs" else attention, hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
+        if resume:
+            state = load_state(out_dir)
+            if state["data"] != digest:
+                sys.exit(f"error: the data that the run in {out_dir} was trained on is another now; give back {data} as it was, or start another --out_dir")
+            model.load_state_dict(load_model(out_dir)[0].state_dict())
+            torch.set_rng_state(state["rng"])
+            step = state["step"]
+        found = examples, held_out, *others, attention, digest, model.config, tokenizer, init_from, step
+    examples, held_out, names, prefixes, truncated, dropped, attention, digest, config, tokenizer, init_from, step = from_rank_0(found)
+    if rank:
+        with torch.device("meta"):
+            model, ref = (AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="pair_attention").eval() for _ in range(2))
+    models = [model] if sft else [model, ref.requires_grad_(False)]
+    n_params, vocabulary = sum(p.numel() for p in model.parameters()), len(model.get_output_embeddings().weight)
+    n_layer = model.get_output_embeddings().weight.numel()
+    n_body = n_params - n_layer * (1 if model.get_output_embeddings().weight is model.get_input_embeddings().weight else 2)
+    for m in models:            # states: the hidden states of a row; one call of it gathers what FSDP has spread
+        if world > 1:
+            shard(m, device, compile)
+        m.states = functools.partial(response_states, torch.compile(m.base_model, dynamic=False) if compile and world == 1 else m.base_model, m)
+        register_fsdp_forward_method(m, "states")
 
     # -------------------------------------------------------------------------
-    # data
-    if task and not sft:
-        score, prefixes = eval_imdb.load_reward(reward, device), eval_imdb.task_prefixes(options, tokenizer)
-    truncated = dropped = 0
-    if task and sft:
-        texts = eval_imdb.load_texts(options)
-        examples, held_out = (tokenize_texts(x, tokenizer, max_length) for x in (texts["train"], texts["test"][:eval_pairs]))
-    else:
-        source = eval_imdb.build_pairs(options, model, tokenizer, prefixes["train"], score, dtype) if task else data
-        pairs = read_pairs(source, tokenizer, "train", strict)
-        if eval_data or data == "hh":
-            held_pairs = read_pairs(eval_data or "hh", tokenizer, "test", strict)
-        else:
-            prompts = np.random.default_rng(seed).permutation(sorted({p[1] for p in pairs})).tolist()
-            held = set(prompts[:max(1, min(eval_pairs, len(prompts) // 10))])
-            pairs, held_pairs = [p for p in pairs if p[1] not in held], [p for p in pairs if p[1] in held]
-            if not pairs:
-                sys.exit("error: all pairs share one prompt, so none can be held out; name held-out pairs with --eval_data")
-        held_pairs = [held_pairs[i] for i in np.random.default_rng(seed).permutation(len(held_pairs))[:eval_pairs]]
-        (examples, kept, truncated), (held_out, _, _) = (tokenize(x, tokenizer, max_length, max_prompt_length, truncation) for x in (pairs, held_pairs))
-        dropped, pairs = len(pairs) - len(examples), [pairs[i] for i in kept]
-    if not examples or not held_out:
-        sys.exit(f"error: every {'held-out' if examples else 'training'} pair was dropped: within --max_length={max_length} no two responses differ as tokens; "
-                 "raise --max_length, or take a tokenizer that knows these words")
-    if sft:
-        examples, held_out = ([(p, c, []) for p, c, _ in x] for x in (examples, held_out))
-    sizes = [list(map(size, x)) for x in (examples, held_out)]
-    longest = max(examples + held_out, key=lambda e: len(e[0]) + max(len(e[1]), len(e[2])))
-    attention = choose_attention([(init_from, model)] + ([] if sft else [(ref_from or "the reference", ref)]), [examples[0], longest],
-                                 "flex" if device == "cuda" else "dense" if compile else "pairs")
-    micro_tokens, row_length = max(micro_tokens or (8192 if device == "cuda" else 1024), *sizes[0], *sizes[1]), 0
-    if attention != "pairs":    # rows of one length: the one that costs least in some steps, with a pass's overhead, and dense attention's square
-        some = [[sizes[0][i] for i in step_indices(k, batch_size, len(examples), seed)] for k in range(16)]
-        cost = lambda n: sum(len(pack(x, n)) for x in some) * (n + 256 + (n * n / 1600 if attention == "dense" else 0))
-        least = -(-max(*sizes[0], *sizes[1]) // 128) * 128
-        micro_tokens = row_length = min(range(least, max(least, micro_tokens) + 1, 128), key=cost)
-        full = sum(map(sum, some)) / sum(len(pack(x, row_length)) for x in some) / row_length
-    if resume:
-        state = load_state(out_dir)
-        model.load_state_dict(load_model(out_dir)[0].state_dict())
-
-    # -------------------------------------------------------------------------
-    # optimizer
+    # rows and optimizer
+    sizes = list(map(size, examples))
+    micro_tokens = max(micro_tokens or (8192 if device == "cuda" else 1024), *sizes, *map(size, held_out))
+    if attention != "pairs" or world > 1:
+        micro_tokens = best_row([[sizes[i] for i in step_indices(k, batch_size, len(sizes), seed)] for k in range(16)], max(*sizes, *map(size, held_out)), micro_tokens,
+                                world, attention == "dense")
+    row_length = micro_tokens if attention != "pairs" else 0            # rows of one length, so that the model compiles once
     optimizers = {"rmsprop": torch.optim.RMSprop, "adamw": functools.partial(torch.optim.AdamW, weight_decay=0.0)}
-    optimizer, step = optimizers[optimizer](model.parameters(), lr=learning_rate), 0
+    optimizer = optimizers[optimizer](model.parameters(), lr=learning_rate)
     if resume:
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
+        set_optimizer_state_dict(model, optimizer, state["optimizer"] if state else {}, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=world > 1))
     max_steps = max_steps or -(-len(examples) // batch_size)
     if step >= max_steps:
         sys.exit(f"error: {out_dir} is at step {step} already; --max_steps={step + max(1, step)} would continue it")
-    body = torch.compile(model.base_model, dynamic=False) if compile else model.base_model
-    ref_body = None if sft else torch.compile(ref.base_model, dynamic=False) if compile else ref.base_model
 
     # -------------------------------------------------------------------------
     # what will happen
-    layer, n_params = model.get_output_embeddings().weight, sum(p.numel() for p in model.parameters())
-    n_body = n_params - layer.numel() * (1 if layer is model.get_input_embeddings().weight else 2)
     peaks = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12}        # dense bf16 FLOP/s, NVIDIA's data sheets
-    peak = next((x for name, x in peaks.items() if device == "cuda" and name in torch.cuda.get_device_name()), None)
-    tokens, saved = sum(sizes[0]), 0 if sft else sum(len(e[0]) for e in examples)
-    noun = "texts" if sft else "pairs"
+    peak = next((x * world for name, x in peaks.items() if device == "cuda" and name in torch.cuda.get_device_name()), None)
+    tokens, saved, noun = sum(sizes), 0 if sft else sum(len(e[0]) for e in examples), "texts" if sft else "pairs"
     print(f"{noun}: {len(examples)} to train on, {len(held_out)} held out; {truncated} truncated, {dropped} dropped\n"
-          f"rows: {f'of {row_length} tokens, {full:.0%} full' if row_length else f'of up to {micro_tokens} tokens, without padding'}; shared prompts "
+          f"rows: {f'of {row_length} tokens' if row_length else f'of up to {micro_tokens} tokens, without padding'}; shared prompts "
           f"save {saved} of {tokens + saved} tokens; attention {attention}\n"
           f"step: {batch_size} {noun}, about {batch_size * tokens // len(examples)} tokens; {max_steps} steps, {max_steps * batch_size / len(examples):.1f} epochs\n"
-          f"policy: {init_from}, {n_params / 1e6:.1f}M parameters, vocabulary {len(layer)}; reference: {'none' if sft else ref_from or 'a frozen copy'}\n"
-          f"run: {method}{f', alpha {alpha}' if method == 'tdpo2' else ''}{'' if sft else f', beta {beta}'}, seed {seed}, device {device}, dtype {dtype}, "
-          f"compile {compile}{' (slow first steps)' if compile else ''}, torch {torch.__version__}; into {out_dir}", flush=True)
-
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-    except OSError as error:
-        sys.exit(f"error: --out_dir={out_dir}: {error.strerror}; name a directory that can be written")
-    log_path, lines = os.path.join(out_dir, "log.jsonl"), []
-    if resume:
-        lines = [json.dumps(x) + "\n" for x in eval_imdb.read_log(out_dir, step)]
-    else:                                           # --overwrite: no checkpoint of the other run stays beside this one's log
-        for name in os.listdir(out_dir):
-            if name in ("config.json", "model.safetensors") or name.startswith("training_state-"):
-                os.remove(os.path.join(out_dir, name))
-    for path, text in ((os.path.join(out_dir, "options.json"), json.dumps(options, indent=1)), (log_path, "".join(lines))):
-        with open(path + ".new", "w", encoding="utf-8") as f:
-            f.write(text)
-        os.replace(path + ".new", path)
-    log = open(log_path, "a", encoding="utf-8")
-    if wandb_log:
+          f"policy: {init_from}, {n_params / 1e6:.1f}M parameters, vocabulary {vocabulary}; reference: {'none' if sft else ref_from or 'a frozen copy'}\n"
+          f"run: {method}{f', alpha {alpha}' if method == 'tdpo2' else ''}{'' if sft else f', beta {beta}'}, seed {seed}, device {device}"
+          f"{f', {world} processes' if world > 1 else ''}, dtype {dtype}, compile {compile}{' (slow first steps)' if compile else ''}, torch {torch.__version__}; "
+          f"into {out_dir}", flush=True)
+    if model.dtype != torch.float32 and learning_rate < torch.finfo(model.dtype).eps / 2 * max(p.abs().mean().item() for p in model.parameters()):
+        print(f"warning: weights in {model.dtype} round updates of {learning_rate} away; keep them in float32")
+    log = eval_imdb.start_log(out_dir, options, step, resume) if rank == 0 else open(os.devnull, "w")
+    if wandb_log and rank == 0:
         import wandb
         wandb.init(project="tdpo", name=os.path.basename(out_dir), config=options, dir=out_dir)
 
     # -------------------------------------------------------------------------
     # one pass over a row, for training and for evaluation
     def passes(indices, examples):
-        """The rows of a step: (indices of its pairs, tensors on the device)."""
-        for row in pack([size(examples[i]) for i in indices], micro_tokens):
-            row = [indices[i] for i in row]
-            yield row, collate(examples, row, row_length, device, attention)
+        """This process's rows of a step: (indices of its pairs, tensors on the device, whether they count). Processes have equally many, as they
+        have to meet in every pass: who would have fewer repeats a row, uncounted."""
+        rows = pack([size(examples[i]) for i in indices], micro_tokens)
+        for k in range(rank, -(-len(rows) // world) * world, world):
+            row = [indices[i] for i in rows[min(k, len(rows) - 1)]]
+            yield row, collate(examples, row, row_length, device, attention), k < len(rows)
 
-    def forward(batch):
+    def forward(batch, counts):
         """The loss, a mean over the pass's pairs (sft: tokens), and stats, a value a pair."""
         with autocast(device, dtype):
-            hidden, weight = response_states(body, model, batch)
+            hidden = model.states(batch)
             if sft:
-                return fused_sft_loss(hidden, weight, batch["labels"])
-            with torch.no_grad():
-                ref_hidden, ref_weight = response_states(ref_body, ref, batch)
-            return fused_tdpo_loss(hidden, weight, ref_hidden, ref_weight, *(batch[x] for x in ("labels", "pair", "chosen")), beta, alpha, method)
+                loss, stats = fused_sft_loss(hidden, output_weight(model), batch["labels"])
+            else:
+                with torch.no_grad():
+                    ref_hidden = ref.states(batch)
+                loss, stats = fused_tdpo_loss(hidden, output_weight(model), ref_hidden, output_weight(ref), *(batch[x] for x in ("labels", "pair", "chosen")),
+                                              beta, alpha, method)
+        return loss * len(stats["loss"]) * counts, {name: x[:len(x) * counts] for name, x in stats.items()}
 
-    def means(stats):
-        """Metrics over the stats of several passes."""
+    def means(stats, n):
+        """Metrics over n pairs, of which this process has some, in several passes."""
         stats = {name: torch.cat([s[name] for s in stats]) for name in stats[0]}
-        return {"loss": stats["loss"].mean()} if sft else preference_metrics(stats, method, beta, alpha)
+        columns = {"loss": stats["loss"]} if sft else preference_metrics(stats, method, beta, alpha)
+        sums = torch.stack([x.float().sum() for x in columns.values()])
+        return dict(zip(columns, total(sums) / n))
 
     def write(record, columns):
         """One JSON line in the log, and the columns that a person watches on the screen."""
         log.write(json.dumps(record) + "\n")
         log.flush()
-        if wandb_log:
+        if wandb_log and rank == 0:
             wandb.log(record, step=record["step"])
         if columns:
             print(f"{'step' if 'loss' in record else 'eval'} {record['step']:>{len(str(max_steps))}} | " + " | ".join(
@@ -381,12 +374,14 @@ if __name__ == "__main__":
     def evaluate():
         with torch.no_grad():
             batches = tqdm(passes(range(len(held_out)), held_out), desc="evaluating", leave=False, disable=None)
-            found = means([forward(batch)[1] for _, batch in batches])
+            found = means([forward(batch, counts)[1] for _, batch, counts in batches], sum(len(e[1]) for e in held_out) if sft else len(held_out))
         found = {name: x.item() for name, x in found.items()}
         if not math.isfinite(found["loss"]):
             sys.exit(f"error: the held-out loss after step {step} is {found['loss']}, so this step is not saved. Lower --learning_rate")
+        if step == 0 and not sft and found["kl_l"] > 1e-5:
+            print(f"warning: before the first step the KL from {ref_from or 'the reference'} is {found['kl_l']:.2g} nats, not 0: its weights differ, or their dtype")
         if task and not sft:
-            found.update(eval_imdb.score_policy(model, ref, tokenizer, prefixes["test"], score, max_new_tokens, seed, dtype))
+            found.update(eval_imdb.score_policy(model, ref, tokenizer, prefixes, score or (lambda texts: [0.0] * len(texts)), max_new_tokens, seed, dtype))
         write({"step": step, **{"eval_" + name: x for name, x in found.items()}},
               ["eval_" + x for x in ("loss", "acc", "margin", "kl_w", "kl_l", "kl_gap", "reward", "reward_se", "sample_kl", "sample_rkl", "entropy")])
 
@@ -395,6 +390,8 @@ if __name__ == "__main__":
     speeds = []
     if not resume:
         evaluate()
+    for number in (signal.SIGINT, signal.SIGTERM):      # the first one lets the step finish and saves, a second one leaves at once
+        signal.signal(number, lambda number, frame: (signals.append(number), signal.signal(number, signal.SIG_DFL)))
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()        # of the steps and later evaluations, not of what prepared them
     upcoming = list(passes(step_indices(step, batch_size, len(examples), seed), examples))
@@ -403,43 +400,50 @@ if __name__ == "__main__":
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1, (step + 1) / max(1, warmup_steps))
         indices = step_indices(step, batch_size, len(examples), seed)
-        if sft:
-            count = sum(len(examples[i][1]) for i in indices)
+        count = sum(len(examples[i][1]) for i in indices) if sft else batch_size
         optimizer.zero_grad(set_to_none=device != "cpu")          # gradients that stay where they are keep glibc's heap from growing at every step
         stats, members = [], []
         while upcoming:
-            some, batch = upcoming.pop(0)                           # so that each pass's masks go with it
-            loss, s = forward(batch)
-            (loss * len(s["loss"]) / (count if sft else batch_size)).backward()     # the step's loss is one mean, however its pairs are packed
+            some, batch, counts = upcoming.pop(0)                   # so that each pass's masks go with it
+            loss, s = forward(batch, counts)
+            (loss * (world / count)).backward()     # the step's loss is one mean, however its pairs are packed; FSDP takes the mean over processes
             stats.append(s)
-            members += some
+            members += some[:len(some) * counts]
         upcoming = list(passes(step_indices(step + 1, batch_size, len(examples), seed), examples))      # packed while the device still works
-        found = means(stats)
-        found["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        found = means(stats, count)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        found["grad_norm"] = norm.full_tensor() if world > 1 else norm
+        found["stop"] = total(torch.full((), float(len(signals)), device=device))       # processes may hear of a signal in different steps
         found = dict(zip(found, torch.stack(list(found.values())).tolist()))        # the step's one wait for the device
         if not (math.isfinite(found["loss"]) and math.isfinite(found["grad_norm"])):
             bad = [] if sft else [m for m, x in zip(members, torch.cat([s["loss"] for s in stats]).tolist()) if not math.isfinite(x)]
-            names = ", ".join(str(i) if sft else pairs[i][0] for i in (bad or members)[:8])
-            sys.exit(f"error: the loss ({found['loss']}) or gradient norm ({found['grad_norm']}) of step {step + 1} is not finite; {noun}: {names}. "
-                     f"Nothing was saved since the last checkpoint: lower --learning_rate, or look at these {noun}")
+            if world > 1:
+                dist.all_gather_object(everywhere := [None] * world, bad)
+                bad = sum(everywhere, [])
+            sys.exit(f"error: the loss ({found['loss']}) or gradient norm ({found['grad_norm']}) of step {step + 1} is not finite; {noun}: "
+                     f"{', '.join(names[i] for i in (bad or indices)[:8])}. Nothing was saved since the last checkpoint: lower --learning_rate, or look at these {noun}")
         optimizer.step()
-        step += 1
+        step, stop = step + 1, found.pop("stop")
         seconds = time.perf_counter() - began
         n_tokens = sum(size(examples[i]) for i in indices)
         n_loss = sum(len(part) for i in indices for part in examples[i][1:])
-        flops = (6 if sft else 8) * (n_tokens * n_body + n_loss * layer.numel())    # policy forward and backward, reference forward
+        flops = (6 if sft else 8) * (n_tokens * n_body + n_loss * n_layer)    # policy forward and backward, reference forward
         record = dict(step=step, epoch=step * batch_size / len(examples), **found, lr=optimizer.param_groups[0]["lr"], pairs_per_s=batch_size / seconds,
                       tokens_per_s=n_tokens / seconds, **({"mfu": flops / seconds / peak} if peak else {}), peak_gib=peak_gib(device))
         speeds.append([record[x] for x in ("pairs_per_s", "tokens_per_s", "mfu") if x in record])
-        shown = step % log_interval == 0 or step == max_steps
-        write(record, ("loss", "acc", "margin", "kl_w", "kl_l", "kl_gap", "grad_norm", "pairs_per_s", "mfu") if shown else ())
+        write(record, () if step % log_interval and step < max_steps else ("loss", "acc", "margin", "kl_w", "kl_l", "kl_gap", "grad_norm", "pairs_per_s", "mfu"))
         due_eval, due_save = (step == max_steps or interval and step % interval == 0 for interval in (eval_interval, save_interval))
         if due_eval or due_save:                        # what is saved has been evaluated, so no broken weights replace good ones
             evaluate()
-        if due_save:
-            save(out_dir, model, tokenizer, optimizer, step)
+        if due_save or stop:
+            save(out_dir, model, tokenizer, optimizer, step, digest)
+        if stop and step < max_steps:
+            print(f"stopped after step {step}, which is saved | continue: python train.py --resume=True --out_dir={out_dir}", flush=True)
+            sys.exit(128 + (signals or [signal.SIGTERM])[0])
 
-    if speeds:
-        middle = np.median(speeds[min(3, len(speeds) - 1):], axis=0)                # the first steps warm up
-        print(f"median speed {middle[0]:.2f} {noun}/s, {middle[1]:.0f} tokens/s{f', MFU {middle[2]:.1%}' if peak else ''}; peak memory {peak_gib(device):.2f} GiB; {time.time() - started:.0f} s in all")
+    middle = np.median(speeds[min(3, len(speeds) - 1):], axis=0)                    # the first steps warm up
+    print(f"median speed {middle[0]:.2f} {noun}/s, {middle[1]:.0f} tokens/s{f', MFU {middle[2]:.1%}' if peak else ''}; "
+          f"peak memory {peak_gib(device):.2f} GiB; {time.time() - started:.0f} s in all")
+    if world > 1:
+        dist.destroy_process_group()
     print(f"saved {out_dir} | next: python " + (f"train.py --method=tdpo2 --data={data} --init_from=" if sft and not task else "sample.py --model=") + out_dir)
