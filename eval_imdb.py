@@ -192,9 +192,9 @@ def build_pairs(run, model, tokenizer, prefixes, reward, dtype="float32"):
     if not rows:
         sys.exit(f"error: every pair was dropped: no two completions differ by more than min_score_gap={run['min_score_gap']}; lower --min_score_gap")
     os.makedirs(folder, exist_ok=True)
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
+    with open(f"{path}.{os.getpid()}", "w", encoding="utf-8") as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(path + ".tmp", path)
+    os.replace(f"{path}.{os.getpid()}", path)
     return path
 
 
@@ -262,7 +262,7 @@ def run_options(folder):
 def read_log(folder, step=float("inf")):
     """The lines of a run's log up to a step, parsed; nothing behind a line that was cut."""
     lines, path = [], os.path.join(folder, "log.jsonl")
-    for line in open(path, encoding="utf-8") if os.path.exists(path) else ():
+    for line in open(path, encoding="utf-8", errors="replace") if os.path.exists(path) else ():
         try:
             lines.append(json.loads(line))
         except ValueError:

@@ -382,7 +382,7 @@ def join_processes(out_dir):
     rank, world, first = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), lambda: True
     if world > 1:
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         dist.init_process_group(timeout=datetime.timedelta(days=1))     # rank 0 may sample pairs for hours
         store, key = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False), "ended" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
         first = lambda: store.add(key, 1) == 1
@@ -394,14 +394,24 @@ def join_processes(out_dir):
         if not first():
             os._exit(1)
         sys.stderr = sys.__stderr__
-        if isinstance(error, OSError):
-            return print(f"error: {error}. What {out_dir} held at its last save is whole: --resume=True continues from there", file=sys.stderr)
         sys.__excepthook__(kind, error, trace)
+        if isinstance(error, OSError):
+            print(f"error: {error}. If {out_dir} has a checkpoint, it is whole: --resume=True continues from there", file=sys.stderr)
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error):
             print("error: out of memory. Lower --micro_tokens (no result changes), then --max_length; --dtype=bfloat16 halves what a pass keeps; torchrun "
                   "spreads a model over several GPUs", file=sys.stderr)
     sys.excepthook = show
     return rank, world
+
+
+def fingerprint(examples, model):
+    """A short hash of examples (token ids) and, where there is one, a model's weights (every thousandth): what a resumed run must find again."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr(example).encode())
+    for p in model.parameters() if model else ():
+        digest.update(p.detach().flatten()[::1000].contiguous().float().cpu().numpy())
+    return digest.hexdigest()[:16]
 
 
 def from_rank_0(thing):
@@ -456,6 +466,9 @@ def save(folder, model, tokenizer, optimizer, step, data=""):
         shutil.rmtree(new, ignore_errors=True)
         sys.exit(f"error: step {step} could not be saved in {folder}: {str(error).splitlines()[0]}. What was saved there before is whole: make room, "
                  "and continue with --resume=True")
+    for name in os.listdir(new):            # on the disk before anything is replaced, should the machine fail
+        with open(os.path.join(new, name), "rb") as f:
+            os.fsync(f.fileno())
     os.replace(os.path.join(new, "state.pt"), path)
     for name in sorted(os.listdir(new), reverse=True):      # the weights before config.json, which so says that they are there
         os.replace(os.path.join(new, name), os.path.join(folder, name))
@@ -543,7 +556,7 @@ def generate(model, tokenizer, prompts, max_new_tokens, num_samples=1, temperatu
         sys.exit(f"error: a prompt of {longest} tokens leaves no room for a response within the model's {positions} positions; shorten it")
     order = sorted((len(p), i) for i, p in enumerate(prompts) for _ in range(num_samples))
     responses = [[] for _ in prompts]
-    with torch.random.fork_rng(), tqdm(total=len(order), desc="sampling", leave=False, disable=None) as bar:
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), tqdm(total=len(order), desc="sampling", leave=False, disable=None) as bar:
         torch.manual_seed(seed)
         try:
             while order:
@@ -554,8 +567,9 @@ def generate(model, tokenizer, prompts, max_new_tokens, num_samples=1, temperatu
                 mask = torch.tensor([[0] * (width - n) + [1] * n for n, _ in batch], device=model.device)
                 config.max_new_tokens = min(max_new_tokens, positions - width)
                 out = model.generate(ids, attention_mask=mask, generation_config=config, synced_gpus=many)[:, width:].contiguous()
-                if many:
-                    dist.broadcast(out, 0)              # processes that draw one token apart would drift further apart
+                if many:                                # processes that draw one token apart would drift further apart
+                    out = torch.nn.functional.pad(out, (0, config.max_new_tokens - out.shape[1]), value=config.eos_token_id[0])
+                    dist.broadcast(out, 0)
                 for (_, i), new in zip(batch, out.tolist()):
                     end = next((t for t, token in enumerate(new) if token in stop), len(new))
                     responses[i].append(new[:end + 1])

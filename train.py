@@ -15,7 +15,6 @@ import ctypes
 import difflib
 import fcntl
 import functools
-import hashlib
 import importlib.util
 import json
 import math
@@ -116,8 +115,8 @@ def configure(argv):
     if c.resume:
         try:
             preset = {**json.load(open(os.path.join(folder, "options.json"), encoding="utf-8")), "resume": True, "overwrite": False}
-            wrong += [f"--resume=True: {folder}/options.json is another version's: {name}={preset.pop(name)} is no option here; start again with --overwrite=True"
-                      for name in list(preset) if type(preset[name]) is not type(defaults.get(name))]
+            wrong += [f"--resume=True: {folder}/options.json is another version's: it says {name}={preset.pop(name, 'nothing')}; start again with --overwrite=True"
+                      for name in {**preset, **defaults} if type(preset.get(name)) is not type(defaults.get(name))]
         except (OSError, ValueError, TypeError, AttributeError):
             wrong.append(f"--resume=True: {folder} holds no run, or its options.json cannot be read; name the --out_dir of a run")
         wrong += [f"--{name}={value} would change the run in {folder}, which has {preset[name]}; leave it out, or start another --out_dir"
@@ -180,7 +179,7 @@ if __name__ == "__main__":      # before the imports below, so that a typing mis
     if os.environ.get("RANK", "0") == "0":
         try:                    # one run a directory: the lock lasts as long as this process, however it ends
             os.makedirs(options["out_dir"], exist_ok=True)
-            fcntl.flock(os.open(options["out_dir"], os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock := open(os.path.join(options["out_dir"], ".lock"), "w"), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             sys.exit(f"error: --out_dir={options['out_dir']}: " + ("another run is at work in it; name another directory, or wait" if isinstance(error, BlockingIOError)
                      else f"{error.strerror}; name a directory that can be written"))
@@ -198,7 +197,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 import eval_imdb
-from sample import (DEVICES, autocast, best_row, choose_attention, collate, from_rank_0, join_processes, load_model, load_reference, load_state, output_weight, pack,
+from sample import (DEVICES, autocast, best_row, choose_attention, collate, fingerprint, from_rank_0, join_processes, load_model, load_reference, load_state, output_weight, pack,
                     response_states, save, shard, size, total)
 from tdpo import fused_sft_loss, fused_tdpo_loss, margin
 
@@ -243,12 +242,9 @@ if __name__ == "__main__":
     device = DEVICES[0] if device == "auto" else device
     if device not in DEVICES:
         sys.exit(f"error: --device={device}: torch {torch.__version__} sees no such device here; --device=cpu works everywhere")
-    dtype = ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype
+    dtype = options["dtype"] = ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype
     compile = compile == "True" or compile == "auto" and device == "cuda"
     torch.manual_seed(seed)
-    if device == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        if libc.mallopt(-3, 1 << 27) or libc.mallopt(-3, 1 << 25):  # glibc keeps freed buffers (up to 128 MiB, older ones 32): a tenth of a step goes
-            libc.mallopt(-1, 2**31 - 1)                             # into fresh pages
 
     # -------------------------------------------------------------------------
     # policy, reference, data
@@ -257,11 +253,11 @@ if __name__ == "__main__":
         if init_from == "scratch" and not sft:      # the embedded task trains its SFT model first, with this same file
             init_from = options["init_from"] = os.path.join(os.path.dirname(out_dir), f"reviews-sft-{seed}")
             if not os.path.exists(os.path.join(init_from, "config.json")):
-                command = ["--method=sft", f"--out_dir={init_from}", f"--seed={seed}", f"--device={device}", f"--dtype={dtype}", "--overwrite=True"]
+                command = ["--method=sft", f"--out_dir={init_from}-new", f"--seed={seed}", f"--device={device}", f"--dtype={dtype}", "--overwrite=True"]
                 print("the SFT model first: python train.py " + " ".join(command), flush=True)
                 if subprocess.run([sys.executable, __file__, *command], env={**os.environ, "RANK": "0", "WORLD_SIZE": "1"}).returncode:
                     sys.exit("error: the SFT run failed")
-                print()
+                os.rename(f"{init_from}-new", init_from)        # a model that was trained to its end
         place = device if world == 1 or task else "cpu"         # one GPU may be too small for the whole model
         model, tokenizer = eval_imdb.scratch_model(seed) if init_from == "scratch" else load_model(init_from, place)
         model.to(place)
@@ -271,24 +267,26 @@ if __name__ == "__main__":
         examples, held_out, *others = eval_imdb.training_data(options, model, tokenizer, score, dtype)
         longest, step = max(examples + held_out, key=lambda e: len(e[0]) + max(len(e[1]), len(e[2]))), 0
         attention = choose_attention([(init_from, model)] + ([] if sft else [(ref_from or "the reference", ref)]), [examples[0], longest],
-                                     "flex" if place == "cuda" else "dense" if compile else "pairs")
-        attention, digest = "flex" if device == "cuda" and attention == "pairs" else attention, hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
+                                     "flex" if place == "cuda" else "dense" if compile and device != "cuda" else "pairs")
+        attention, digest = "flex" if device == "cuda" and attention == "pairs" else attention, fingerprint(examples + held_out, ref)
         if resume:
             state = load_state(out_dir)
             if state["data"] != digest:
-                sys.exit(f"error: the data that the run in {out_dir} was trained on is another now; give back {data} as it was, or start another --out_dir")
+                sys.exit(f"error: the data or the reference of the run in {out_dir} is another now; give back what it was, or start another --out_dir")
             model.load_state_dict(load_model(out_dir)[0].state_dict())
             torch.set_rng_state(state["rng"])
             step = state["step"]
-        found = examples, held_out, *others, attention, digest, model.config, tokenizer, init_from, step
-    examples, held_out, names, prefixes, truncated, dropped, attention, digest, config, tokenizer, init_from, step = from_rank_0(found)
+        found = examples, held_out, *others, attention, digest, [model.config, (ref or model).config], tokenizer, init_from, step
+    examples, held_out, names, prefixes, truncated, dropped, attention, digest, configs, tokenizer, init_from, step = from_rank_0(found)
     if rank:
         with torch.device("meta"):
-            model, ref = (AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="pair_attention").eval() for _ in range(2))
+            model, ref = (AutoModelForCausalLM.from_config(c, dtype=torch.float32, attn_implementation="pair_attention").eval() for c in configs)
     models = [model] if sft else [model, ref.requires_grad_(False)]
-    n_params, vocabulary = sum(p.numel() for p in model.parameters()), len(model.get_output_embeddings().weight)
-    n_layer = model.get_output_embeddings().weight.numel()
-    n_body = n_params - n_layer * (1 if model.get_output_embeddings().weight is model.get_input_embeddings().weight else 2)
+    n_params, (vocabulary, width) = sum(p.numel() for p in model.parameters()), model.get_output_embeddings().weight.shape
+    n_body = n_params - vocabulary * width * (1 if model.get_output_embeddings().weight is model.get_input_embeddings().weight else 2)
+    if device == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        # glibc returns freed buffers, so memory stays flat; where logits are large it keeps them, as a tenth of a step would go into fresh pages
+        libc.mallopt(-1, 2**31 - 1) if vocabulary > 8192 and libc.mallopt(-3, 1 << 27) else libc.mallopt(-3, 1 << 21)
     for m in models:            # states: the hidden states of a row; one call of it gathers what FSDP has spread
         if world > 1:
             shard(m, device, compile)
@@ -381,7 +379,8 @@ if __name__ == "__main__":
         if step == 0 and not sft and found["kl_l"] > 1e-5:
             print(f"warning: before the first step the KL from {ref_from or 'the reference'} is {found['kl_l']:.2g} nats, not 0: its weights differ, or their dtype")
         if task and not sft:
-            found.update(eval_imdb.score_policy(model, ref, tokenizer, prefixes, score or (lambda texts: [0.0] * len(texts)), max_new_tokens, seed, dtype))
+            with torch.compiler.set_stance("force_eager"):      # prompts of every length would use up the recompilations
+                found.update(eval_imdb.score_policy(model, ref, tokenizer, prefixes, score or (lambda texts: [0.0] * len(texts)), max_new_tokens, seed, dtype))
         write({"step": step, **{"eval_" + name: x for name, x in found.items()}},
               ["eval_" + x for x in ("loss", "acc", "margin", "kl_w", "kl_l", "kl_gap", "reward", "reward_se", "sample_kl", "sample_rkl", "entropy")])
 
@@ -390,8 +389,8 @@ if __name__ == "__main__":
     speeds = []
     if not resume:
         evaluate()
-    for number in (signal.SIGINT, signal.SIGTERM):      # the first one lets the step finish and saves, a second one leaves at once
-        signal.signal(number, lambda number, frame: (signals.append(number), signal.signal(number, signal.SIG_DFL)))
+    for number in (signal.SIGINT, signal.SIGTERM):      # the first lets the step finish and saves, a second one leaves at once; torchrun adds a SIGTERM to Ctrl-C
+        signal.signal(number, lambda n, _: (signals.append(n), [signal.signal(x, signal.SIG_DFL) for x in ([n] if world > 1 else [signal.SIGINT, signal.SIGTERM])]))
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()        # of the steps and later evaluations, not of what prepared them
     upcoming = list(passes(step_indices(step, batch_size, len(examples), seed), examples))
@@ -420,14 +419,14 @@ if __name__ == "__main__":
             if world > 1:
                 dist.all_gather_object(everywhere := [None] * world, bad)
                 bad = sum(everywhere, [])
-            sys.exit(f"error: the loss ({found['loss']}) or gradient norm ({found['grad_norm']}) of step {step + 1} is not finite; {noun}: "
+            sys.exit(f"error: the loss ({found['loss']}) or gradient norm ({found['grad_norm']}) of step {step + 1} is not finite; {noun}{'' if bad else ' of the step'}: "
                      f"{', '.join(names[i] for i in (bad or indices)[:8])}. Nothing was saved since the last checkpoint: lower --learning_rate, or look at these {noun}")
         optimizer.step()
         step, stop = step + 1, found.pop("stop")
         seconds = time.perf_counter() - began
         n_tokens = sum(size(examples[i]) for i in indices)
         n_loss = sum(len(part) for i in indices for part in examples[i][1:])
-        flops = (6 if sft else 8) * (n_tokens * n_body + n_loss * n_layer)    # policy forward and backward, reference forward
+        flops = (6 if sft else 8) * (n_tokens * n_body + n_loss * vocabulary * width)    # policy forward and backward, reference forward
         record = dict(step=step, epoch=step * batch_size / len(examples), **found, lr=optimizer.param_groups[0]["lr"], pairs_per_s=batch_size / seconds,
                       tokens_per_s=n_tokens / seconds, **({"mfu": flops / seconds / peak} if peak else {}), peak_gib=peak_gib(device))
         speeds.append([record[x] for x in ("pairs_per_s", "tokens_per_s", "mfu") if x in record])
