@@ -759,7 +759,7 @@ def wait_for(what, process, seconds=60):
     began = time.time()
     while not what():
         assert process.poll() is None and time.time() - began < seconds, process.communicate()[0]
-        time.sleep(0.01)
+        time.sleep(0.001)
 
 
 def test_signals_finish_the_step_and_save(runs):
@@ -796,14 +796,17 @@ def test_a_second_signal_leaves_at_once(runs):
 
 
 def test_kills_leave_the_last_save(runs):
-    """SIGKILL at random moments of a run that saves at every step, so that many fall into a save; TDPO_KILLS=20 for twenty of them."""
+    """SIGKILL at random moments of a run that saves at every step; TDPO_KILLS=20 for twenty of them."""
     folder, rng, options, step, lost = os.path.join(runs["folder"], "kills"), np.random.default_rng(), options_on_pairs(runs, "kills", "--max_steps=100000", "--log_interval=1000"), 0, 0
     options = [*options, "--save_interval=1", "--eval_pairs=2"]
     state = lambda: next(iter(sample.glob.glob(folder + "/training_state-*.pt")), None)
-    for _ in range(int(os.environ.get("TDPO_KILLS", 3))):
+    for n in range(int(os.environ.get("TDPO_KILLS", 3))):
         process, before = start(*options), state()
         wait_for(lambda: state() != before, process)
         time.sleep(rng.uniform(0, 0.5))
+        if n % 2 == 0:                          # every other kill falls into a save, or just behind it
+            wait_for(lambda: os.path.exists(folder + "/.saving"), process)
+            time.sleep(rng.uniform(0, 0.02))
         logged = log_of_whole_lines(folder)
         process.kill()
         process.communicate()
