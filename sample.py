@@ -397,7 +397,7 @@ def join_processes(out_dir):
         sys.__excepthook__(kind, error, trace)
         if isinstance(error, OSError):
             print(f"error: {error}. If {out_dir} has a checkpoint, it is whole: --resume=True continues from there", file=sys.stderr)
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error):
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search("not enough memory|allocate memory", str(error)):
             print("error: out of memory. Lower --micro_tokens (no result changes), then --max_length; --dtype=bfloat16 halves what a pass keeps; torchrun "
                   "spreads a model over several GPUs", file=sys.stderr)
     sys.excepthook = show

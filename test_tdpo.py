@@ -836,7 +836,7 @@ def test_a_save_that_fails_keeps_the_one_before(runs):
 def test_uncaught_errors_say_what_helps(capfd, monkeypatch):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     sample.join_processes("out/x")
-    for error, said in ((torch.OutOfMemoryError("CUDA out of memory. Tried"), "--micro_tokens"), (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), "--micro_tokens"),
+    for error, said in ((torch.OutOfMemoryError("CUDA out of memory. Tried"), "--micro_tokens"), (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "--micro_tokens"),
                         (OSError(28, "No space left on device", "out/x/log.jsonl"), "No space left on device: 'out/x/log.jsonl'. If out/x has a checkpoint, it is whole")):
         sys.excepthook(type(error), error, None)
         assert said in capfd.readouterr().err.splitlines()[-1]
