@@ -432,7 +432,7 @@ def test_models_that_packed_rows_cannot_serve_are_refused():
     mistral = lambda window: AutoModelForCausalLM.from_config(MistralConfig(**SIZES, intermediate_size=48, num_key_value_heads=2, sliding_window=window)).eval()
     longest = max(len(p) + max(len(w), len(l)) - 1 for p, w, l in examples)
     assert choose(mistral(longest)) == "pairs"
-    with pytest.raises(SystemExit, match="narrow window.*cannot be trained exactly"):
+    with pytest.raises(SystemExit, match="narrow window.*cannot be trained exactly here: its sliding_window of"):
         choose(mistral(longest - 1), "narrow window")
     from transformers import CohereConfig, FalconConfig, Gemma2Config, Gemma3TextConfig, GraniteConfig, MambaConfig
     gemma = dict(**SIZES, intermediate_size=48, num_key_value_heads=2, head_dim=8)
