@@ -560,8 +560,8 @@ def generate(model, tokenizer, prompts, max_new_tokens, num_samples=1, temperatu
         torch.manual_seed(seed)
         try:
             while order:
-                count = max(1, min(512, 2**15 // (order[0][0] + max_new_tokens)))
-                batch, order = order[:count], order[count:]
+                count = max(1, min(512, 2**15 // (order[-1][0] + max_new_tokens)))
+                batch, order = order[-count:], order[:-count]           # the longest first: memory runs out at once or never
                 width = batch[-1][0]
                 ids = torch.tensor([[pad] * (width - n) + prompts[i] for n, i in batch], device=model.device)
                 mask = torch.tensor([[0] * (width - n) + [1] * n for n, _ in batch], device=model.device)

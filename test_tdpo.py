@@ -1039,7 +1039,8 @@ def test_fuzzed_options_and_files_never_end_in_a_traceback(runs, words, tmp_path
     hypothesis = pytest.importorskip("hypothesis")
     from hypothesis import strategies as st
     monkeypatch.chdir(tmp_path)
-    settings = hypothesis.settings(max_examples=150, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck))
+    examples = int(os.environ.get("TDPO_FUZZ", 0))          # 0: a fixed 150; more looks for new ones
+    settings = hypothesis.settings(max_examples=examples or 150, derandomize=not examples, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck))
     names = st.sampled_from(sorted(train.configure(["--out_dir=out/x"]))) | st.text(max_size=6)
     values = st.sampled_from(["", "0", "-1", "1e400", "nan", "True", "dpo", "hh", "a/b", ".", "/", runs["pairs"], "\0"]) | st.text(max_size=8) | st.integers().map(str)
 

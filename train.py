@@ -162,7 +162,7 @@ def configure(argv):
         wrong.append("scratch is the tiny untrained model of --data=reviews and knows its words alone; name a directory or a hub id")
     if c.wandb_log and not importlib.util.find_spec("wandb"):
         wrong.append("--wandb_log=True: wandb is not installed; pip install wandb, or leave it out")
-    if any(os.path.realpath(x) == os.path.realpath(folder) for x in (c.init_from, c.ref_from) if x):
+    if os.path.isdir(folder) and any(os.path.exists(x) and os.path.samefile(x, folder) for x in (c.init_from, c.ref_from)):
         wrong.append(f"--out_dir={folder} is a model that the run starts from; name another")
     elif not (c.resume or c.overwrite) and any(os.path.exists(os.path.join(folder, f)) for f in ("options.json", "log.jsonl", "config.json")):
         wrong.append(f"--out_dir={folder} holds another run: --resume=True continues it, --overwrite=True replaces it, another --out_dir keeps it")
