@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from sample import (DEVICES, autocast, encode_prompt, generate, load_model, load_reference, load_state, parse, read_pairs, read_rows, report_bad,
-                    response_stats, tokenize, tokenize_texts)
+                    response_stats, tokenize, tokenize_texts, writable)
 
 TASKS = ("reviews", "imdb")
 
@@ -327,10 +327,7 @@ if __name__ == "__main__":
             parser.error(f"{folder} has no checkpoint yet; let train.py finish or continue it with --resume=True")
     if args.eval_prefixes < 2:
         parser.error("--eval_prefixes must be 2 or more")
-    try:
-        os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-    except OSError as error:
-        parser.error(f"--out={args.out}: {error.strerror}")
+    writable(parser, args.out + ".json")
     results, scored = [], set()
     for folder, run in runs.items():
         run["eval_prefixes"] = args.eval_prefixes

@@ -50,6 +50,16 @@ def parse(parser, argv=None):
     return options
 
 
+def writable(parser, path):
+    """The path, if a file can be written there: an error before the work, not after it."""
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        open(path, "a").close()
+        return path
+    except OSError as error:
+        parser.error(f"--out: {path} cannot be written: {error.strerror}; name another")
+
+
 # -----------------------------------------------------------------------------
 # text in: rows, pairs, token ids
 
@@ -638,13 +648,13 @@ if __name__ == "__main__":
     problems = [f"--{name} must be {what}" for name, what, good in (
         ("num_samples", "positive", args.num_samples > 0), ("temperature", "positive", 0 < args.temperature < float("inf")), ("top_p", "in (0, 1]", 0 < args.top_p <= 1),
         ("max_new_tokens", "0 or more", args.max_new_tokens >= 0), ("num_prompts", "0 or more", args.num_prompts >= 0), ("prompt", "alone, without --prompts", not (args.prompt and args.prompts)),
-        ("seed", "between 0 and 2^63", 0 <= args.seed < 2**63),
-        ("out", "a file in a directory that exists", os.path.isdir(os.path.dirname(args.out) or ".") and not os.path.isdir(args.out))) if not good]
+        ("seed", "between 0 and 2^63", 0 <= args.seed < 2**63)) if not good]
     run = eval_imdb.run_options(args.model)
     if not run and not args.prompt and not args.prompts:
         problems.append(f"{args.model} is not a run of train.py, so it has no prompts of its own: give --prompt or --prompts")
     if problems:
         parser.error("; ".join(problems))
+    out = writable(parser, args.out or os.path.join(args.model if os.path.isdir(args.model) else ".", "samples.jsonl"))
     model, tokenizer = load_model(args.model, args.device)
     ref_path = args.ref or (run.get("ref_from") or run.get("init_from") if run.get("method") != "sft" else "")
     ref = load_reference(ref_path, model, tokenizer) if ref_path else None
@@ -677,7 +687,6 @@ if __name__ == "__main__":
         for row in (row for k, row in rows if k == i):
             print(f"  {row['model']:9} {'' if row['score'] is None else format(row['score'], '+.2f')} |{row['response']}")
     print("\n" + "\n".join(table))
-    out = args.out or os.path.join(args.model if os.path.isdir(args.model) else ".", "samples.jsonl")
     with open(out, "w", encoding="utf-8") as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for _, row in rows)
     print(f"wrote {len(rows)} responses to {out}")

@@ -706,10 +706,14 @@ def same_run(a, b, exactly=True):
 
 
 def torchrun(n, *args, env={}):
-    """train.py on n processes: (exit code, output)."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", os.path.join(HERE, "train.py"), *args]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
-    return done.returncode, done.stdout + done.stderr
+    """train.py on n processes, in the background."""
+    command = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n > 1 else []), os.path.join(HERE, "train.py"), *args]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **({"OMP_NUM_THREADS": "1"} if n > 1 else {}), **env})
+
+
+def ended(process):
+    out, _ = process.communicate(timeout=300)
+    return process.returncode, out
 
 
 def options_on_pairs(runs, out_dir, *args):
@@ -733,26 +737,49 @@ def test_one_two_and_three_processes_agree_and_resume_each_other(runs, words):
         for n, steps in parts:
             options = options_on_pairs(runs, f"{name}-parts", *long, *model, f"--max_steps={steps}", "--overwrite=True") if steps == parts[0][1] else \
                 ["--resume=True", f"--out_dir={runs['folder']}/{name}-parts", f"--max_steps={steps}"]
-            code, out = torchrun(n, *options) if n > 1 else script("train.py", *options)
+            code, out = ended(torchrun(n, *options)) if n > 1 else script("train.py", *options)
             assert code == 0 and out.count("median speed") == 1, out
         same_run(whole, f"{runs['folder']}/{name}-parts", exactly=False)
         assert json.load(open(f"{runs['folder']}/{name}-parts/config.json"))["architectures"] == json.load(open(f"{whole}/config.json"))["architectures"]
 
 
 def test_what_one_process_meets_ends_all_and_is_said_once(runs, tmp_path):
-    code, out = torchrun(2, *options_on_pairs(runs, "many-bad", "--max_steps=2", "--alpha=-1"))
-    assert code and out.count("--alpha=-1.0: it must be at least 0") == 1, out
-    code, out = torchrun(2, *options_on_pairs(runs, "many-bad", "--max_steps=2", "--max_length=500"))
+    for wrong, said in (("--alpha=-1", "--alpha=-1.0: it must be at least 0"), ("--alpha", "--alpha: expected one argument")):
+        code, out = ended(torchrun(2, *options_on_pairs(runs, "many-bad", "--max_steps=2", wrong)))
+        assert code and out.count(said) == 1, out
+    code, out = ended(torchrun(2, *options_on_pairs(runs, "many-bad", "--max_steps=2", "--max_length=500")))
     assert code and out.count("more than the 128 positions") == 1 and f'File "{HERE}/train.py"' not in out, out
     (tmp_path / "sitecustomize.py").write_text("import os\nif os.environ.get('RANK') == '1':\n    import torch\n    def step(*_, **__): raise RuntimeError('boom on one')\n"
                                                "    torch.optim.RMSprop.step = step\n")
-    code, out = torchrun(2, *options_on_pairs(runs, "many-bad", "--max_steps=2"), env={"PYTHONPATH": str(tmp_path)})
+    code, out = ended(torchrun(2, *options_on_pairs(runs, "many-bad", "--max_steps=2"), env={"PYTHONPATH": str(tmp_path)}))
     assert code and out.count("RuntimeError: boom on one") == 1 and out.count(f'File "{HERE}/train.py", line') == 1, out         # torchrun adds a traceback of its own
 
 
-def start(*args):
-    """train.py in the background."""
-    return subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def test_many_processes_meet_signals_and_faults_as_one_does(runs):
+    """The sentiment task, compiled, on 2 processes: stopped by SIGTERM, continued to its end; then a save that fails, and a loss that is not finite."""
+    folder = os.path.join(runs["folder"], "many-sentiment")
+    process = torchrun(2, f"--init_from={runs['sft']}", f"--out_dir={folder}", "--max_steps=100000", "--train_prefixes=48", "--eval_prefixes=24", "--batch_size=8", "--compile=True",
+                       "--eval_interval=0")
+    wait_for(lambda: log_of_whole_lines(folder) >= 3, process, 300)
+    process.send_signal(signal.SIGTERM)
+    code, out = ended(process)
+    step = sample.load_state(folder)["step"]
+    assert code and out.count(f"stopped after step {step}, which is saved") == 1 and "compile True" in out and 'train.py", line' not in out, out
+    code, out = ended(torchrun(2, "--resume=True", f"--out_dir={folder}", f"--max_steps={step + 2}"))
+    last = log_of(folder)[-1]
+    assert code == 0 and last["step"] == step + 2 == sample.load_state(folder)["step"] and last["eval_n"] == 24 and last["eval_sample_kl"] > 0, out
+    code, out = ended(torchrun(2, "--resume=True", f"--out_dir={folder}", f"--max_steps={step + 4}", "--compile=False", env={"TDPO_TEST_FSIZE": "100000", "PYTHONPATH": small_files(runs)}))
+    assert code and out.count(f"error: step {step + 4} could not be saved") == 1 and sample.load_state(folder)["step"] == step + 2 and sample.load_model(folder), out
+    code, out = ended(torchrun(2, *options_on_pairs(runs, "many-nan", "--learning_rate=1e30", "--max_steps=5", "--warmup_steps=0")))
+    assert code and len(re.findall(r"error: the loss \(nan\) .* of step 2 is not finite; pairs: \S+pairs.jsonl line \d+", out)) == 1, out
+
+
+def small_files(runs):
+    """A folder that, on PYTHONPATH, forbids files to grow beyond TDPO_TEST_FSIZE bytes: a full disk's stand-in."""
+    os.makedirs(folder := os.path.join(runs["folder"], "small-files"), exist_ok=True)
+    with open(folder + "/sitecustomize.py", "w") as f:
+        f.write("import os, resource\nif 'TDPO_TEST_FSIZE' in os.environ:\n    resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ['TDPO_TEST_FSIZE']),) * 2)\n")
+    return folder
 
 
 def wait_for(what, process, seconds=60):
@@ -764,11 +791,10 @@ def wait_for(what, process, seconds=60):
 
 def test_signals_finish_the_step_and_save(runs):
     whole, folder = train_on_pairs(runs, "signals-whole", "--max_steps=60"), os.path.join(runs["folder"], "signals")
-    running = lambda step: os.path.exists(folder + "/log.jsonl") and log_of(folder)[-1:] and log_of(folder)[-1]["step"] >= step
     options, reached = options_on_pairs(runs, "signals", "--max_steps=60"), 0
     for number in (signal.SIGTERM, signal.SIGINT):
-        process = start(*options)
-        wait_for(lambda: running(reached + 3), process)
+        process = torchrun(1, *options)
+        wait_for(lambda: log_of_whole_lines(folder) >= reached + 3, process)
         code, out = script("train.py", "--resume=True", f"--out_dir={folder}")      # one directory, one run
         assert code == 1 and "another run is at work in it" in out
         process.send_signal(number)
@@ -785,7 +811,7 @@ def test_signals_finish_the_step_and_save(runs):
 
 
 def test_a_second_signal_leaves_at_once(runs):
-    process = start(*options_on_pairs(runs, "signals2", "--max_steps=3", "--batch_size=20000", "--log_interval=1"))
+    process = torchrun(1, *options_on_pairs(runs, "signals2", "--max_steps=3", "--batch_size=20000", "--log_interval=1"))
     caught = lambda: int(re.search(r"SigCgt:\s+(\w+)", open(f"/proc/{process.pid}/status").read())[1], 16) >> signal.SIGTERM - 1 & 1
     wait_for(caught, process)
     process.send_signal(signal.SIGTERM)
@@ -801,7 +827,7 @@ def test_kills_leave_the_last_save(runs):
     options = [*options, "--save_interval=1", "--eval_pairs=2"]
     state = lambda: next(iter(sample.glob.glob(folder + "/training_state-*.pt")), None)
     for n in range(int(os.environ.get("TDPO_KILLS", 3))):
-        process, before = start(*options), state()
+        process, before = torchrun(1, *options), state()
         wait_for(lambda: state() != before, process)
         time.sleep(rng.uniform(0, 0.5))
         if n % 2 == 0:                          # every other kill falls into a save, or just behind it
@@ -820,17 +846,40 @@ def test_kills_leave_the_last_save(runs):
 
 
 def log_of_whole_lines(folder):
-    return eval_imdb.read_log(folder)[-1]["step"]
+    return max((x["step"] for x in eval_imdb.read_log(folder)), default=-1)
 
 
 def test_a_save_that_fails_keeps_the_one_before(runs):
     """Files that may not grow beyond 100 kB stand for a full disk."""
     folder = train_on_pairs(runs, "full", "--max_steps=2")
-    code = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); sys.argv = ['train.py', '--resume=True', '--out_dir={folder}', '--max_steps=4']\n" \
-           "runpy.run_path('train.py', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
-    assert done.returncode == 1 and re.search("error: step 4 could not be saved in .*/full: .*What was saved there before is whole", done.stderr), done.stderr
+    code, out = ended(torchrun(1, "--resume=True", f"--out_dir={folder}", "--max_steps=4", env={"TDPO_TEST_FSIZE": "100000", "PYTHONPATH": small_files(runs)}))
+    assert code == 1 and re.search("error: step 4 could not be saved in .*/full: .*What was saved there before is whole", out), out
     assert sample.load_state(folder)["step"] == 2 and not os.path.exists(folder + "/.saving") and sample.load_model(folder)
+
+
+def test_memory_is_flat_over_500_steps(runs):
+    """The embedded task: the resident memory of its process in steps 401 to 500 against steps 51 to 150."""
+    folder, resident = os.path.join(runs["folder"], "flat"), [[] for _ in range(502)]
+    process = torchrun(1, f"--init_from={runs['sft']}", f"--out_dir={folder}", "--max_steps=500", "--train_prefixes=96", "--eval_prefixes=32", "--batch_size=8", "--log_interval=500")
+    while process.poll() is None:
+        try:
+            resident[log_of_whole_lines(folder) + 1].append(int(open(f"/proc/{process.pid}/statm").read().split()[1]))
+        except (OSError, IndexError):           # before it has a log, and when it has gone
+            pass
+        time.sleep(0.02)
+    code, out = ended(process)
+    early, late = (np.mean(sum(resident[a:b], [])) for a, b in ((52, 152), (402, 501)))
+    assert code == 0 and late < 1.02 * early, (out, early, late)
+
+
+def test_a_directory_that_cannot_be_written_is_said(runs, tmp_path):
+    folder = "/proc/out"                        # not even root makes directories there
+    if os.geteuid():
+        os.mkdir(tmp_path / "only", 0o555)
+        folder = str(tmp_path / "only" / "out")
+    for name, *args in (("train.py",), ("eval_imdb.py", f"--runs={runs['tdpo2']}"), ("sample.py", f"--model={runs['tdpo2']}", "--num_prompts=1")):
+        code, out = script(name, *args, f"--out_dir={folder}" if name == "train.py" else f"--out={folder}/x", fresh=True)
+        assert code in (1, 2) and re.search(f"error: .*{folder}.*(written|No such file)", out) and "Traceback" not in out, out
 
 
 def test_uncaught_errors_say_what_helps(capfd, monkeypatch):
@@ -959,6 +1008,7 @@ def test_all_file_formats_hold_the_same_pairs(runs, words, tmp_path):
 
 
 OPTIONS = [     # (options, what the message says); exit code 2, before anything heavy is imported
+    ("--alpha", "--alpha: expected one argument"),
     ("--methd=dpo", "unknown option --methd.*did you mean --method"), ("--method=tpdo2", "sft, dpo, fdpo, tdpo1, tdpo2; did you mean tdpo2"),
     ("--data=imbd", "imdb.*did you mean imdb"), ("--data=no.jsonl --init_from=x", "no.jsonl: no such file"), ("--device=gpu", "auto, cuda, mps, cpu"),
     ("--method=dpo --alpha=0.5", "--alpha would be ignored.*tdpo2"), ("--alpha=-1", "--alpha=-1.0: it must be at least 0"), ("--beta=0", "--beta=0.0.*greater than 0"),

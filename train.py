@@ -88,12 +88,15 @@ def configure(argv):
     knobs = dict(re.findall(r"^(\w+) = .*?  +# (.*)$", open(__file__, encoding="utf-8").read().split("# ---------")[1], re.M))
     defaults, wrong = {name: globals()[name] for name in knobs}, []
     presets = "\n".join(f"{name}: " + ", ".join(f"{k}={v}" for k, v in values.items()) for name, values in PRESETS.items())
-    parser = argparse.ArgumentParser(usage="python train.py [--key=value ...]", description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(usage="python train.py [--key=value ...]", description=__doc__, allow_abbrev=False, exit_on_error=False,
                                      epilog="in place of these defaults, by --data and --method:\n" + presets, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, comment in knobs.items():
         flag = dict(nargs="?", const="True") if isinstance(defaults[name], bool) else {}
         parser.add_argument("--" + name, metavar="", help=f"{comment} [{defaults[name]}]".replace("%", "%%"), **flag)
-    args, unknown = parser.parse_known_args(argv)
+    try:
+        args, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        args, unknown, wrong = argparse.Namespace(), [], [f"{error.argument_name}: {error.message}"]
     near = lambda word, names, cutoff=0.6: "".join(f"; did you mean {x}?" for x in difflib.get_close_matches(word, names, 1, cutoff))
     wrong += [f"unknown option {word}{near(word.split('=')[0], ['--' + x for x in knobs], 0)} (--help lists them all, written --key=value)" for word in unknown]
     given = {}
@@ -135,8 +138,7 @@ def configure(argv):
         if getattr(c, name) < least:
             wrong.append(f"--{name}={getattr(c, name)}: it must be at least {least}")
     wrong += [f"--{name}={getattr(c, name)}: it must be greater than 0" for name in ("beta", "learning_rate") if getattr(c, name) <= 0]
-    if c.seed >= 2**63:
-        wrong.append(f"--seed={c.seed}: it must be less than 2^63")
+    wrong += [f"--seed={c.seed}: it must be less than 2^63"] * (c.seed >= 2**63)
     if c.max_prompt_length >= c.max_length:
         wrong.append(f"--max_prompt_length={c.max_prompt_length} leaves no room for a response within --max_length={c.max_length}")
     for name, known in (("data", (*TASKS, "hh")), ("eval_data", ("", "hh"))):
@@ -156,8 +158,7 @@ def configure(argv):
         path = getattr(c, name)         # a directory, a file, or owner/name on the hub; what looks like a path has to be there
         if path and not os.path.exists(path) and not re.fullmatch(r"(?!out/)\w[\w.-]*(/[\w.-]+)?(?<!\.parquet)(?<!\.jsonl)", path):
             wrong.append(f"--{name}={path}: no such file or directory")
-    if not c.init_from:
-        wrong.append(f"--data={c.data} needs a model: --init_from=DIRECTORY or a hub id")
+    wrong += [f"--data={c.data} needs a model: --init_from=DIRECTORY or a hub id"] * (not c.init_from)
     if c.init_from == "scratch" and c.data != "reviews" or c.ref_from == "scratch":
         wrong.append("scratch is the tiny untrained model of --data=reviews and knows its words alone; name a directory or a hub id")
     if c.wandb_log and not importlib.util.find_spec("wandb"):
@@ -166,8 +167,7 @@ def configure(argv):
         wrong.append(f"--out_dir={folder} is a model that the run starts from; name another")
     elif not (c.resume or c.overwrite) and any(os.path.exists(os.path.join(folder, f)) for f in ("options.json", "log.jsonl", "config.json")):
         wrong.append(f"--out_dir={folder} holds another run: --resume=True continues it, --overwrite=True replaces it, another --out_dir keeps it")
-    if c.resume and c.overwrite:
-        wrong.append("--resume=True and --overwrite=True contradict each other")
+    wrong += ["--resume=True and --overwrite=True contradict each other"] * (c.resume and c.overwrite)
     if wrong and os.environ.get("RANK", "0") == "0":        # of many processes the first speaks for all, and is the one that has the files
         print("error: " + "\nerror: ".join(wrong), file=sys.stderr)
         sys.exit(2)
@@ -381,6 +381,7 @@ if __name__ == "__main__":
         if task and not sft:
             with torch.compiler.set_stance("force_eager"):      # prompts of every length would use up the recompilations
                 found.update(eval_imdb.score_policy(model, ref, tokenizer, prefixes, score or (lambda texts: [0.0] * len(texts)), max_new_tokens, seed, dtype))
+        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)       # glibc: the pieces that sampling leaves would add up
         write({"step": step, **{"eval_" + name: x for name, x in found.items()}},
               ["eval_" + x for x in ("loss", "acc", "margin", "kl_w", "kl_l", "kl_gap", "reward", "reward_se", "sample_kl", "sample_rkl", "entropy")])
 
