@@ -284,40 +284,95 @@ def start_log(folder, options, step, resume):
     return open(path, "a", encoding="utf-8")
 
 
-def draw(runs, path):
-    """Figure 3(a), reward against sequential KL, and Figures 1, 3(b-d) and 6, the KL on chosen, rejected and their gap, from the logs."""
+SCORES = ("reward", "sample_kl", "sample_rkl", "entropy")
+CURVES = ("kl_w", "kl_l", "kl_gap", "rkl_w", "rkl_l", "rkl_gap")
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)     # Student's t for 2 to 10 seeds
+
+
+def from_log(folder):
+    """What the figures need of a run: its evaluations, and the training pairs' KLs as means over every 10 steps."""
+    log = read_log(folder)
+    steps = [x for x in log if "kl_w" in x]
+    return dict(evals=[{k.removeprefix("eval_"): round(v, 5) for k, v in x.items()} for x in log if "eval_reward" in x],
+                curves=[{"step": block[-1]["step"], **{k: round(float(np.mean([x[k] for x in block])), 4) for k in CURVES}}
+                        for block in (steps[n:n + 10] for n in range(0, len(steps), 10))])
+
+
+def interval(values, errors=()):
+    """(mean, half of a 95 % interval): over seeds where there are several; of one seed over its samples, from their standard error."""
+    if len(values) > 1:
+        return float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5 * T975[min(len(values) - 2, len(T975) - 1)])
+    return values[0], 1.96 * errors[0] if errors else float("nan")
+
+
+def reward_at(evals, level):
+    """The reward where a run's evaluations, joined by straight lines, cross KL(policy || ref) = level: the best of the crossings; None without one."""
+    found = []
+    for a, b in zip(evals, evals[1:]):
+        if min(a["sample_rkl"], b["sample_rkl"]) <= level <= max(a["sample_rkl"], b["sample_rkl"]) and a["sample_rkl"] != b["sample_rkl"]:
+            share = (level - a["sample_rkl"]) / (b["sample_rkl"] - a["sample_rkl"])
+            found.append(a["reward"] + share * (b["reward"] - a["reward"]))
+    return max(found, default=None)
+
+
+def groups(results):
+    """{label: its results}, in order; results that differ in their seed alone have one label."""
+    return {label: [r for r in results if r["label"] == label] for label in dict.fromkeys(r["label"] for r in results)}
+
+
+def table(results, levels):
+    """The lines of the README's table: means and 95 % intervals, the reward at matched KLs, one line for the runs that differ in their seed alone."""
+    lines = ["| method | reward | KL(π ‖ π_ref) | KL(π_ref ‖ π) | entropy | " + "".join(f"reward at KL {x:g} | " for x in levels) + "seeds × samples |", "|---" * (6 + len(levels)) + "|"]
+    for label, runs in groups(results).items():
+        cells = ["{:.3f} ± {:.3f}".format(*interval([r[k] for r in runs], [r[k + "_se"] for r in runs])) for k in ("reward", "sample_rkl", "sample_kl", "entropy")]
+        for level in levels:
+            reached = [x for r in runs if (x := reward_at(r["evals"], level)) is not None]
+            cells.append("–" if not reached else "{:.3f}".format(reached[0]) if len(reached) == 1 else "{:.3f} ± {:.3f}".format(*interval(reached)))
+            cells[-1] += f" ({len(reached)} of {len(runs)})" * (0 < len(reached) < len(runs))
+        lines.append(f"| {label} | {' | '.join(cells)} | {len(runs)} × {runs[0]['n']} |")
+    return lines
+
+
+def draw(results, path):
+    """Figure 3(a), reward against KL at every evaluation, and Figures 1, 3(b-d) and 6, the KL of chosen and rejected training responses and their gap:
+    means and 95 % intervals over seeds. Above KL(policy || ref), which the paper plots, below KL(ref || policy), which its loss has."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 4, figsize=(18, 4.2), constrained_layout=True)
-    for color, folder in enumerate(runs):
-        log = read_log(folder)
-        points = [x for x in log if "eval_reward" in x]
-        style = dict(color=f"C{color % 10}", label=os.path.basename(os.path.normpath(folder)))
-        axes[0].errorbar([x["eval_sample_rkl"] for x in points], [x["eval_reward"] for x in points], marker="o", ms=4, capsize=2, lw=1,
-                         xerr=[x["eval_sample_rkl_se"] for x in points], yerr=[x["eval_reward_se"] for x in points], **style)
-        steps = [x for x in log if "kl_w" in x]
-        for axis, name in zip(axes[1:], ("kl_w", "kl_l", "kl_gap")):
-            for key, line in ((name, "-"), ("r" + name, ":")):
-                smooth = np.convolve([x[key] for x in steps], np.ones(k := min(10, len(steps))) / k, "valid")
-                axis.plot([x["step"] for x in steps][k - 1:], smooth, line, lw=1.2, **(style if line == "-" else dict(color=style["color"])))
-    axes[0].set(xlabel="KL(policy || reference) of samples, nats", ylabel="reward", title="reward and KL at each evaluation")
-    for axis, title in zip(axes[1:], ("sequential KL, chosen", "sequential KL, rejected", "gap |rejected - chosen|")):
-        axis.set(xlabel="step", ylabel="nats", title=title + " (dotted: reverse)")
-    axes[0].legend(fontsize=8, loc="lower right")
-    figure.savefig(path, dpi=110)
+    figure, axes = plt.subplots(2, 4, figsize=(18, 8), constrained_layout=True)
+    for number, (label, runs) in enumerate(groups(results).items()):
+        style = dict(color=f"C{number % 10}", label=label)
+        for row, r in zip(axes, ("r", "")):
+            at = list(zip(*(run["evals"] or [run] for run in runs)))        # by step, over seeds; the reference and models from elsewhere have one point
+            (x, dx), (y, dy) = (zip(*(interval([e[k] for e in step], [e[k + "_se"] for e in step]) for step in at)) for k in (f"sample_{r}kl", "reward"))
+            row[0].errorbar(x, y, xerr=dx, yerr=dy, marker="o" if runs[0]["evals"] else "*", ms=4 if runs[0]["evals"] else 12, capsize=2, lw=1, elinewidth=0.6, **style)
+            for axis, name in zip(row[1:], ("kl_w", "kl_l", "kl_gap")):
+                if at := list(zip(*(run["curves"] for run in runs))):
+                    mean, half = (np.array(x) for x in zip(*(interval([c[r + name] for c in step], [0] * len(step)) for step in at)))
+                    steps = [step[0]["step"] for step in at]
+                    axis.plot(steps, mean, lw=1.2, **style)
+                    axis.fill_between(steps, mean - half, mean + half, alpha=0.15, color=style["color"], lw=0)
+    for row, kl in zip(axes, ("KL(π ‖ π_ref)", "KL(π_ref ‖ π)")):
+        row[0].set(xlabel=f"{kl} of samples, nats", ylabel="reward", title=f"reward against {kl}")
+        for axis, title in zip(row[1:], ("chosen", "rejected", "gap |rejected - chosen|")):
+            axis.set(xlabel="step", ylabel="nats", title=f"{kl}, {title}")
+    axes[0, 0].legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=80)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--runs", required=True, help="directories of train.py runs on reviews or imdb, separated by commas")
-    parser.add_argument("--eval_prefixes", type=int, default=512, help="test prefixes, one sample each (default 512)")
+    parser.add_argument("--runs", required=True, help="directories of train.py runs on reviews or imdb, separated by commas; * and ? match; runs that differ in their seed alone share a line")
+    parser.add_argument("--also", default="", help="models trained elsewhere (directories or hub ids), scored on the first run's prefixes against its reference")
+    parser.add_argument("--eval_prefixes", type=int, default=512, help="test prefixes, one sample each (default 512); 0 takes the last evaluation that each run has logged")
+    parser.add_argument("--at_kl", default="2,5", help="KLs at which the methods' rewards are compared, interpolated between evaluations (default 2,5)")
     parser.add_argument("--reward", default="", help="score with another reward than the one trained on: exact, a directory or hub id")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
     parser.add_argument("--device", default=DEVICES[0], choices=DEVICES)
     parser.add_argument("--out", default="out/frontier", help="writes OUT.json and OUT.png (default out/frontier)")
     args = parse(parser)
-    runs = {os.path.normpath(folder): run_options(folder) for folder in args.runs.split(",") if folder}
+    folders = [x for part in args.runs.split(",") if part for x in sorted(glob.glob(part)) or [part]]
+    runs = {os.path.normpath(folder): run_options(folder) for folder in folders}
     if not runs or not 0 <= args.seed < 2**63:
         parser.error("--runs names no directory" if not runs else "--seed must be between 0 and 2^63")
     for folder, run in runs.items():
@@ -325,34 +380,47 @@ if __name__ == "__main__":
             parser.error(f"{folder} holds no run of train.py on {' or '.join(TASKS)}")
         if not os.path.exists(os.path.join(folder, "config.json")):
             parser.error(f"{folder} has no checkpoint yet; let train.py finish or continue it with --resume=True")
-    if args.eval_prefixes < 2:
-        parser.error("--eval_prefixes must be 2 or more")
-    writable(parser, args.out + ".json")
-    results, scored = [], set()
-    for folder, run in runs.items():
-        run["eval_prefixes"] = args.eval_prefixes
-        reward = load_reward(args.reward or run["reward"], args.device)
-        model, tokenizer = load_model(folder, args.device)
-        source = run["ref_from"] or run["init_from"] if run["method"] != "sft" else folder
-        ref = load_reference(source, model, tokenizer)
-        prefixes = task_prefixes(run, tokenizer)["test"]
-        dtype = "bfloat16" if args.device == "cuda" else "float32"
-        score = lambda m: score_policy(m, ref, tokenizer, prefixes, reward, run["max_new_tokens"], args.seed, dtype)
-        if source not in scored:
-            scored.add(source)
-            results.append(dict(run=source, method="reference", alpha=None, beta=None, step=None, **score(ref)))
-        if source != folder:
-            results.append(dict(run=folder, method=run["method"], alpha=run["alpha"] if run["method"] == "tdpo2" else None, beta=run["beta"],
-                                step=load_state(folder)["step"], **score(model)))
-    print("\n| run | method | reward | KL(ref ‖ policy) | KL(policy ‖ ref) | entropy | n |\n|---|---|---|---|---|---|---|")
-    for r in results:
-        cells = [f"{r[k]:.3f} ± {r[k + '_se']:.3f}" for k in ("reward", "sample_kl", "sample_rkl", "entropy")]
-        print(f"| {r['run']} | {r['method']}{'' if r['alpha'] is None else ' α=' + str(r['alpha'])} | {' | '.join(cells)} | {r['n']} |")
-    with open(args.out + ".json", "w", encoding="utf-8") as f:
-        json.dump(results, f, indent=1)
-    print(f"\nmean ± standard error; KLs are sums over a response, entropy a mean over its tokens, in nats. Wrote {args.out}.json")
+    if args.eval_prefixes < 2 and (args.eval_prefixes or args.also or args.reward):
+        parser.error("--eval_prefixes must be 2 or more; 0, which takes what the runs have logged, goes without --also and --reward")
     try:
-        draw([folder for folder, run in runs.items() if run["method"] != "sft"], args.out + ".png")
+        levels = [float(x) for x in args.at_kl.split(",") if x]
+    except ValueError:
+        parser.error(f"--at_kl={args.at_kl}: expected numbers separated by commas")
+    writable(parser, args.out + ".json")
+
+    first = next(iter(runs.values()))
+    runs.update({folder: {**first, "method": "elsewhere", "ref_from": first["ref_from"] or first["init_from"]} for folder in args.also.split(",") if folder})
+    results, references, settings = [], {}, {}
+    for folder, run in runs.items():
+        elsewhere, source = run["method"] == "elsewhere", run["ref_from"] or run["init_from"] if run["method"] != "sft" else folder
+        label = os.path.basename(folder) if elsewhere else run["method"] + f" α={run['alpha']:g}" * (run["method"] == "tdpo2") + f" β={run['beta']:g}" * (run["beta"] != 0.1)
+        setting = {k: v for k, v in run.items() if k not in ("seed", "init_from", "ref_from", "out_dir", "resume", "overwrite", "device", "compile", "micro_tokens", "wandb_log", "log_interval")}
+        if settings.setdefault(label, setting) != setting:
+            label = folder                  # it differs in more than its seed from runs of this label
+        logged = from_log(folder) if not elsewhere else dict(evals=[], curves=[])
+        if args.eval_prefixes == 0:
+            if len(logged["evals"]) < 2:
+                parser.error(f"{folder} has logged no evaluation after its first")
+            score = lambda evaluation: {k: v for k, v in evaluation.items() if k in ("n", *SCORES, *(x + "_se" for x in SCORES))}
+            of_reference, of_policy = logged["evals"][0], logged["evals"][-1]
+        else:
+            reward = load_reward(args.reward or run["reward"], args.device)
+            model, tokenizer = load_model(folder, args.device)
+            of_reference, of_policy = load_reference(source, model, tokenizer), model
+            prefixes, dtype = task_prefixes({**run, "eval_prefixes": args.eval_prefixes}, tokenizer)["test"], "bfloat16" if args.device == "cuda" else "float32"
+            score = lambda m: score_policy(m, of_reference, tokenizer, prefixes, reward, run["max_new_tokens"], args.seed, dtype)
+        if (source, run["seed"]) not in references:
+            references[source, run["seed"]] = dict(run=source, label="reference", seed=run["seed"], step=0, **score(of_reference), evals=[], curves=[])
+        if source != folder:
+            results.append(dict(run=folder, label=label, seed=run["seed"], step=None if elsewhere else load_state(folder)["step"], **score(of_policy), **logged))
+    results = [*references.values(), *results]
+    print("\n" + "\n".join(table(results, levels)))
+    with open(args.out + ".json", "w", encoding="utf-8") as f:
+        f.write("[" + ",\n".join(json.dumps(r, ensure_ascii=False) for r in results) + "]\n")
+    print("\nmean ± half of a 95 % interval, over seeds where there are several, else over samples; KLs are sums over a response, entropy a mean over its tokens, "
+          f"in nats. Wrote {args.out}.json")
+    try:
+        draw(results, args.out + ".png")
         print(f"wrote {args.out}.png")
     except ImportError:
         print("matplotlib is not installed, so no figure was drawn")

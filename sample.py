@@ -4,6 +4,7 @@
     python sample.py --model=out/hh-tdpo2 --num_samples=25                  # predictive entropy as in Table 1
     python sample.py --model=gpt2 --prompt="This film was" --temperature=0.7
     python sample.py --model=DIR --ref=DIR --prompts=questions.jsonl        # .jsonl with "prompt" (text or messages), or .txt
+    python sample.py --model=DIR --format=mt_bench --prompts=question.jsonl --out=data/mt_bench/model_answer/NAME.jsonl
 
 Every response becomes one line of a .jsonl file: prompt, model, response, score, entropy, surprisal, kl, reverse_kl.
 """
@@ -18,6 +19,8 @@ import os
 import re
 import shutil
 import sys
+import time
+import uuid
 
 import numpy as np
 import torch
@@ -633,6 +636,8 @@ if __name__ == "__main__":
     parser.add_argument("--ref", default="", help="reference model; default: the one the checkpoint was trained against")
     parser.add_argument("--reward", default="", help="another reward than the run's: exact, a directory or hub id")
     parser.add_argument("--prompts", default="", help="a .jsonl or .txt file of prompts; default: the model's own task's, held out where they were named")
+    parser.add_argument("--format", default="samples", choices=("samples", "mt_bench", "alpaca_eval"), help="what is written: samples of reference and policy with "
+                        "their entropy, KL and reward; or a chat model's answers for FastChat's judge (prompts: MT-bench's questions, both turns) or for AlpacaEval's")
     parser.add_argument("--prompt", default="", help="one prompt")
     parser.add_argument("--num_prompts", type=int, default=8, help="at most so many prompts; 0 for all (default 8)")
     parser.add_argument("--num_samples", type=int, default=1, help="responses a prompt (default 1)")
@@ -643,6 +648,9 @@ if __name__ == "__main__":
     parser.add_argument("--device", default=DEVICES[0], choices=DEVICES)
     parser.add_argument("--out", default="", help="the .jsonl to write or replace; default: samples.jsonl in the model's directory")
     args = parse(parser)
+    if args.format != "samples":
+        parser.set_defaults(temperature=0.7, top_p=1.0, max_new_tokens=512, num_prompts=0)      # FastChat's, as a rule
+        args = parse(parser)
     import eval_imdb        # here, not above: eval_imdb imports this file
 
     problems = [f"--{name} must be {what}" for name, what, good in (
@@ -652,10 +660,40 @@ if __name__ == "__main__":
     run = eval_imdb.run_options(args.model)
     if not run and not args.prompt and not args.prompts:
         problems.append(f"{args.model} is not a run of train.py, so it has no prompts of its own: give --prompt or --prompts")
+    if args.format != "samples" and not (args.prompts and args.out):
+        problems.append(f"--format={args.format} needs --prompts and --out")
     if problems:
         parser.error("; ".join(problems))
     out = writable(parser, args.out or os.path.join(args.model if os.path.isdir(args.model) else ".", "samples.jsonl"))
     model, tokenizer = load_model(args.model, args.device)
+    if args.format != "samples":
+        questions, histories = [], []
+        for where, row in read_rows(args.prompts)[:args.num_prompts or None]:
+            turns = row if isinstance(row, str) else row.get("turns") or [row.get("instruction", row.get("prompt"))]
+            if not isinstance(turns, list) or not all(isinstance(x, str) for x in turns) or args.format == "mt_bench" and "question_id" not in row:
+                sys.exit(f"error: {where} {row if isinstance(row, str) else 'needs question_id and turns (mt_bench), or instruction (alpaca_eval)'}")
+            questions.append((row, turns))
+            histories.append([])
+        for turn in range(max(len(turns) for _, turns in questions)):
+            active = [h for h, (_, turns) in zip(histories, questions) if turn < len(turns)]
+            for history, (_, turns) in zip(histories, questions):
+                history += [dict(role="user", content=x) for x in turns[turn:turn + 1]]
+            texts = [chat(tokenizer, h, True) if tokenizer.chat_template else         # without a template as in HH
+                     "".join(f"\n\n{'Human' if m['role'] == 'user' else 'Assistant'}: {m['content']}" for m in h) + "\n\nAssistant:" for h in active]
+            prompts = [encode_prompt(tokenizer, text) for text in texts]
+            with autocast(args.device, "bfloat16" if args.device == "cuda" else "float32"):
+                drawn = generate(model, tokenizer, prompts, args.max_new_tokens, 1, args.temperature, args.top_p, args.seed + turn)
+            for history, prompt, (response,) in zip(active, prompts, drawn):
+                history.append(dict(role="assistant", content=eval_imdb.response_text(tokenizer, prompt, response).split("\n\nHuman:")[0].strip()))
+        name, answers = os.path.splitext(os.path.basename(out))[0], [[m["content"] for m in h if m["role"] == "assistant"] for h in histories]
+        with open(out, "w", encoding="utf-8") as f:
+            if args.format == "alpaca_eval":        # one list
+                json.dump([dict(instruction=turns[0], output=replies[0], generator=name, dataset=row.get("dataset", "")) for (row, turns), replies in zip(questions, answers)], f, indent=1)
+            else:                                   # FastChat takes the model's name from the file's
+                f.writelines(json.dumps(dict(question_id=row["question_id"], answer_id=uuid.uuid4().hex, model_id=name, choices=[dict(index=0, turns=replies)],
+                                             tstamp=time.time())) + "\n" for (row, _), replies in zip(questions, answers))
+        print(f"wrote {len(answers)} answers to {out}")
+        sys.exit()
     ref_path = args.ref or (run.get("ref_from") or run.get("init_from") if run.get("method") != "sft" else "")
     ref = load_reference(ref_path, model, tokenizer) if ref_path else None
     task = run.get("data") in eval_imdb.TASKS

@@ -675,6 +675,109 @@ def test_sample_and_eval_scripts(runs):
     assert code == 0 and "| reference |" in out and "| tdpo2 α=0.5 |" in out, out
     reference, run = json.load(open(f"{runs['folder']}/frontier.json"))
     assert reference["sample_kl"] == 0 < run["sample_kl"] and run["step"] == 8 and run["n"] == 16
+    code, out = script("eval_imdb.py", f"--runs={runs['folder']}/tdp*", "--eval_prefixes=0", f"--out={runs['folder']}/logged")
+    reference, run = json.load(open(f"{runs['folder']}/logged.json"))
+    last = log_of(runs["tdpo2"])[-1]
+    assert code == 0 and [run[k] for k in ("n", "reward", "sample_rkl")] == [pytest.approx(last["eval_" + k], abs=1e-5) for k in ("n", "reward", "sample_rkl")]
+    assert [x["step"] for x in run["evals"]] == [0, 4, 8] and [x["step"] for x in run["curves"]] == [8]
+    assert run["curves"][0]["kl_l"] == pytest.approx(np.mean([x["kl_l"] for x in log_of(runs["tdpo2"]) if "loss" in x]), abs=1e-4)
+    elsewhere = __import__("shutil").copytree(runs["tdpo2"], runs["folder"] + "/elsewhere", ignore=lambda *_: ["options.json", "log.jsonl"])
+    code, out = script("eval_imdb.py", f"--runs={runs['tdpo2']}", f"--also={elsewhere}", "--eval_prefixes=16", f"--out={runs['folder']}/also")
+    _, run, other = json.load(open(f"{runs['folder']}/also.json"))
+    assert code == 0 and "| elsewhere |" in out and other["evals"] == [] and all(run[k] == other[k] for k in eval_imdb.SCORES)
+
+
+def test_intervals_and_rewards_at_matched_kl():
+    assert eval_imdb.interval([1.0, 2.0, 3.0]) == pytest.approx((2, 4.303 / 3**0.5), rel=1e-3)          # t with 2 degrees of freedom
+    assert eval_imdb.interval([1.0], [0.5]) == pytest.approx((1, 0.98))
+    evals = [dict(sample_rkl=k, reward=r) for k, r in ((0, 0), (2, 0.4), (4, 0.5), (3, 0.9))]
+    assert eval_imdb.reward_at(evals, 1) == pytest.approx(0.2) and eval_imdb.reward_at(evals, 3.5) == pytest.approx(0.7) and eval_imdb.reward_at(evals, 5) is None
+    one = dict(label="dpo", n=9, entropy=1.0, sample_kl=1.0, sample_rkl=2.0, evals=evals, **{x + "_se": 0.1 for x in eval_imdb.SCORES})
+    lines = eval_imdb.table([dict(one, reward=0.4), dict(one, reward=0.6), dict(one, label="tdpo1", reward=0.5)], [1, 5])
+    assert lines[2] == "| dpo | 0.500 ± 1.271 | 2.000 ± 0.000 | 1.000 ± 0.000 | 1.000 ± 0.000 | 0.200 ± 0.000 | – | 2 × 9 |"
+    assert lines[3] == "| tdpo1 | 0.500 ± 0.196 | 2.000 ± 0.196 | 1.000 ± 0.196 | 1.000 ± 0.196 | 0.200 | – | 1 × 9 |"
+
+
+def test_answers_load_in_fastchat_and_alpaca_eval(runs, tmp_path):
+    import shutil
+    shutil.copytree(runs["sft"], model := tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    tokenizer.save_pretrained(model)
+    (tmp_path / "question.jsonl").write_text("".join(json.dumps(dict(question_id=n, category="x", turns=["the plot", "the music"][:n])) + "\n" for n in (1, 2)))
+    (tmp_path / "instructions.jsonl").write_text(json.dumps(dict(instruction="the plot", dataset="reviews")) + "\n")
+    os.mkdir(tmp_path / "model_answer")
+    common = [f"--model={model}", "--max_new_tokens=9"]
+    code, out = script("sample.py", *common, "--format=mt_bench", f"--prompts={tmp_path}/question.jsonl", f"--out={tmp_path}/model_answer/tiny.jsonl")
+    assert code == 0 and "wrote 2 answers" in out, out
+    code, out = script("sample.py", *common, "--format=alpaca_eval", f"--prompts={tmp_path}/instructions.jsonl", f"--out={tmp_path}/tiny.json")
+    assert code == 0 and json.load(open(tmp_path / "tiny.json"))[0]["output"], out
+    code, out = script("sample.py", *common, "--format=mt_bench", f"--prompts={tmp_path}/instructions.jsonl", f"--out={tmp_path}/model_answer/bad.jsonl")
+    assert code == 1 and "instructions.jsonl line 1 needs question_id and turns" in out
+    os.remove(tmp_path / "model_answer/bad.jsonl")
+    fastchat = pytest.importorskip("fastchat.llm_judge.common")
+    answers = fastchat.load_model_answers(str(tmp_path / "model_answer"))
+    assert [len(answers["tiny"][n]["choices"][0]["turns"]) for n in (1, 2)] == [1, 2] and all(answers["tiny"][2]["choices"][0]["turns"])
+    alpaca = pytest.importorskip("alpaca_eval.utils")
+    frame = alpaca.load_or_convert_to_dataframe(str(tmp_path / "tiny.json"))
+    assert alpaca.get_generator_name(None, frame) == "tiny" and list(frame.instruction) == ["the plot"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the README's examples, run as they stand there
+
+
+def readme_block(containing):
+    blocks = re.findall(r"```python\n(.*?)```", open(os.path.join(HERE, "README.md"), encoding="utf-8").read(), re.S)
+    (found,) = [x for x in blocks if containing in x]
+    return found
+
+
+def own_loss(model, ref, examples):
+    """The mean tdpo2 loss of pairs, as train.py takes it."""
+    batch = sample.collate(examples, list(range(len(examples))), attention="dense")
+    with torch.no_grad():
+        states = [sample.response_states(m.base_model, m, batch) for m in (model, ref)]
+        return tdpo.fused_tdpo_loss(states[0], sample.output_weight(model), states[1], sample.output_weight(ref), *(batch[x] for x in ("labels", "pair", "chosen")), 0.1, 0.5)[0].item()
+
+
+def test_the_plain_loop_of_the_readme(runs):
+    (ref, tokenizer), model = sample.load_model(runs["sft"]), sample.load_model(runs["tdpo2"])[0]
+    examples = sample.tokenize(sample.read_pairs(runs["pairs"], tokenizer), tokenizer, 64, 16, "left")[0][:12]
+    expected, seen = own_loss(model, ref, examples[:8]), []
+    scope = dict(model=model, ref=ref, batches=[examples[:8], examples[8:]], print=lambda *x: seen.append(x[-1]), learning_rate=1e-4)
+    before = [p.clone() for p in model.parameters()]
+    exec(readme_block("for pairs in batches"), scope)
+    assert scope["losses"].shape == (4,) and [len(seen), seen[0]] == [2, pytest.approx(expected, rel=1e-5)]
+    assert any((a != b).any() for a, b in zip(before, model.parameters()))
+
+
+def test_the_trl_subclass_of_the_readme(runs, tmp_path):
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    exec(readme_block("class TDPOTrainer"), scope := {})
+    ref, tokenizer = sample.load_model(runs["sft"])
+    rows = Dataset.from_list([json.loads(line) for line in open(runs["pairs"])])
+    args = trl.DPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=8, use_cpu=True, bf16=False, report_to=[], max_length=64, save_strategy="no")
+    trainer = scope["TDPOTrainer"](model=runs["tdpo2"], ref_model=ref, args=args, train_dataset=rows, processing_class=tokenizer)      # a path: TRL loads what we saved
+    batch, examples = next(iter(trainer.get_train_dataloader())), []
+    parts = [(ids[mask == 0], ids[mask == 1]) for ids, mask in ((i[a == 1], c[a == 1]) for i, c, a in zip(*(batch[k] for k in ("input_ids", "completion_mask", "attention_mask"))))]
+    examples = [(p.tolist(), w.tolist(), l.tolist()) for (p, w), (_, l) in zip(parts[:8], parts[8:])]
+    with torch.no_grad():
+        assert trainer._compute_loss(trainer.model, batch, False).item() == pytest.approx(own_loss(sample.load_model(runs["tdpo2"])[0], ref, examples), rel=1e-5)
+    assert len(examples) == 8 and math.isfinite(trainer.train().training_loss)
+
+
+def test_a_checkpoint_loads_in_the_evaluation_harness(runs):
+    harness = pytest.importorskip("lm_eval.models.huggingface")
+    from lm_eval.api.instance import Instance
+    model, tokenizer = sample.load_model(runs["tdpo2"])
+    scorer = harness.HFLM(pretrained=runs["tdpo2"], device="cpu", batch_size=1)
+    ((score, _),) = scorer.loglikelihood([Instance("loglikelihood", {}, ("the plot", " was dull and the music"), 0)])
+    prompt, response = (tokenizer(x, return_tensors="pt")["input_ids"] for x in ("the plot", " was dull and the music"))
+    with torch.no_grad():
+        logps = model(torch.cat([prompt, response], 1)).logits.log_softmax(-1)[0, prompt.shape[1] - 1:-1]
+    assert score == pytest.approx(logps.gather(1, response[0][:, None]).sum().item(), rel=1e-4)
 
 
 def test_resume_continues_bit_for_bit(runs):
