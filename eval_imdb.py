@@ -98,6 +98,9 @@ def load_texts(run):
             bad.append(f"{where} {row if isinstance(row, str) else 'has no text in a column text'}")
             continue
         split = split or row.get("split") or ("test" if n % 10 == 9 else "train")       # without splits every tenth is for testing
+        if not isinstance(split, str) or any("\ud800" <= c <= "\udfff" for c in row["text"]):
+            bad.append(f"{where} has {'half a surrogate pair in its text' if isinstance(split, str) else 'a split that is no text'}")
+            continue
         if split in texts:
             texts[split].append(re.sub(r"\s+", " ", re.sub(r"<br\s*/?>", " ", row["text"])).strip())
     report_bad(source, bad, len(rows), run["strict"], "a row is a text, and a split of train or test")
@@ -128,22 +131,28 @@ def load_reward(name, device="cpu"):
     if name == "exact":
         return exact_reward
     model, tokenizer = load_model(name, device, AutoModelForSequenceClassification)
-    positive = [i for i, label in model.config.id2label.items() if label.lower().startswith("pos")]
+    positive = [i for i, label in model.config.id2label.items() if str(label).lower().startswith("pos")]
     if len(positive) != 1:
-        sys.exit(f"error: the reward model {name} has labels {sorted(model.config.id2label.values())}; one must be called positive")
-    tokenizer.padding_side = "right"
+        sys.exit(f"error: the reward model {name} has labels {sorted(map(str, model.config.id2label.values()))}; one must be called positive")
+    tokenizer.padding_side, tokenizer.pad_token = "right", tokenizer.pad_token or tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id          # a decoder finds a text's last token by it
+    longest = min(512, getattr(model.config, "max_position_embeddings", None) or 512)
 
     @torch.no_grad()
     def reward(texts):
         scores, order = [0.0] * len(texts), sorted(range(len(texts)), key=lambda i: len(texts[i]))
         for begin in tqdm(range(0, len(order), 64), desc="scoring", leave=False, disable=None):
             batch = order[begin:begin + 64]
-            inputs = tokenizer([texts[i] for i in batch], padding=True, truncation=True, max_length=512, return_tensors="pt").to(device)
+            inputs = tokenizer([texts[i] for i in batch], padding=True, truncation=True, max_length=longest, return_tensors="pt").to(device)
             with autocast(device, "bfloat16" if torch.device(device).type == "cuda" else "float32"):
                 probabilities = model(**inputs).logits.float().softmax(-1)[:, positive[0]]
             for i, p in zip(batch, probabilities.tolist()):
                 scores[i] = p
         return scores
+    try:
+        reward(["good", "good " * 600])
+    except Exception as error:      # before hours of sampling
+        sys.exit(f"error: the reward model {name} cannot score texts: {type(error).__name__}: {error}")
     return reward
 
 
@@ -218,8 +227,8 @@ def training_data(run, model, tokenizer, score, dtype):
         if run["eval_data"] or source == "hh":
             held_pairs = read_pairs(run["eval_data"] or "hh", tokenizer, "test", run["strict"])
         else:
-            prompts = np.random.default_rng(seed).permutation(sorted({p[1] for p in pairs})).tolist()
-            held = set(prompts[:max(1, min(run["eval_pairs"], len(prompts) // 10))])
+            prompts = sorted({p[1] for p in pairs})
+            held = set([prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))][:max(1, min(run["eval_pairs"], len(prompts) // 10))])
             pairs, held_pairs = [p for p in pairs if p[1] not in held], [p for p in pairs if p[1] in held]
             if not pairs:
                 sys.exit("error: all pairs share one prompt, so none can be held out; name held-out pairs with --eval_data")
@@ -254,8 +263,8 @@ def run_options(folder):
     """The options of the train.py run in a directory; {} where there is none."""
     try:
         options = json.load(open(os.path.join(folder, "options.json"), encoding="utf-8"))
-        return options if isinstance(options, dict) else {}
-    except (OSError, ValueError):
+        return options if {"data", "eval_data", "method", "init_from", "ref_from", "reward", "max_new_tokens", "seed", "alpha", "beta", "strict"} <= set(options) else {}
+    except (OSError, ValueError, TypeError):
         return {}
 
 
@@ -265,8 +274,9 @@ def read_log(folder, step=float("inf")):
     for line in open(path, encoding="utf-8", errors="replace") if os.path.exists(path) else ():
         try:
             lines.append(json.loads(line))
-        except ValueError:
-            break
+            lines[-1]["step"] < step
+        except (ValueError, KeyError, TypeError):
+            return [x for x in lines[:-1] if x["step"] <= step]
     return [x for x in lines if x["step"] <= step]
 
 
@@ -275,13 +285,14 @@ def start_log(folder, options, step, resume):
     checkpoint of one that it replaces, so none ever lies beside another run's log."""
     lines, path = [json.dumps(x) + "\n" for x in read_log(folder, step)] if resume else [], os.path.join(folder, "log.jsonl")
     for name in [] if resume else os.listdir(folder):
-        if name in ("config.json", "model.safetensors") or name.startswith("training_state-"):
+        if name in ("config.json", "model.safetensors", "samples.jsonl", "chat_template.jinja", "generation_config.json", "special_tokens_map.json", "added_tokens.json",
+                    "vocab.json", "vocab.txt", "merges.txt") or name.startswith(("training_state-", "tokenizer")):
             os.remove(os.path.join(folder, name))
     for file, text in ((os.path.join(folder, "options.json"), json.dumps(options, indent=1)), (path, "".join(lines))):
         with open(file + ".new", "w", encoding="utf-8") as f:
             f.write(text)
         os.replace(file + ".new", file)
-    return open(path, "a", encoding="utf-8")
+    return open(path, "a", encoding="utf-8", buffering=1)
 
 
 SCORES = ("reward", "sample_kl", "sample_rkl", "entropy")
@@ -371,8 +382,8 @@ if __name__ == "__main__":
     parser.add_argument("--device", default=DEVICES[0], choices=DEVICES)
     parser.add_argument("--out", default="out/frontier", help="writes OUT.json and OUT.png (default out/frontier)")
     args = parse(parser)
-    folders = [x for part in args.runs.split(",") if part for x in sorted(glob.glob(part)) or [part]]
-    runs = {os.path.normpath(folder): run_options(folder) for folder in folders}
+    folders = [x for part in args.runs.split(",") if part for x in sorted(map(os.path.normpath, glob.glob(part))) or [os.path.normpath(part)]]
+    runs = {folder: run_options(folder) for folder in folders}
     if not runs or not 0 <= args.seed < 2**63:
         parser.error("--runs names no directory" if not runs else "--seed must be between 0 and 2^63")
     for folder, run in runs.items():
@@ -414,9 +425,9 @@ if __name__ == "__main__":
         if source != folder:
             results.append(dict(run=folder, label=label, seed=run["seed"], step=None if elsewhere else load_state(folder)["step"], **score(of_policy), **logged))
     results = [*references.values(), *results]
-    print("\n" + "\n".join(table(results, levels)))
     with open(args.out + ".json", "w", encoding="utf-8") as f:
         f.write("[" + ",\n".join(json.dumps(r, ensure_ascii=False) for r in results) + "]\n")
+    print("\n" + "\n".join(table(results, levels)))
     print("\nmean ± half of a 95 % interval, over seeds where there are several, else over samples; KLs are sums over a response, entropy a mean over its tokens, "
           f"in nats. Wrote {args.out}.json")
     try:

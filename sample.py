@@ -40,12 +40,16 @@ from tdpo import token_stats
 
 if not sys.stderr.isatty():
     transformers.utils.logging.disable_progress_bar()
+if hasattr(sys.stdout, "reconfigure"):
+    sys.stdout.reconfigure(errors="backslashreplace")       # what a terminal cannot show must not end a run
 DEVICES = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]      # the ones that are here, the best first
 
 
 def parse(parser, argv=None):
     """argparse with one sentence an error, and a nearest name for an option that does not exist."""
     parser.error = lambda message: (print(f"error: {message}", file=sys.stderr), sys.exit(2))
+    if any("\ud800" <= c <= "\udfff" for c in "".join(argv or sys.argv)):
+        parser.error("the command line is not UTF-8 text")
     options, unknown = parser.parse_known_args(argv)
     for word in unknown:
         near = difflib.get_close_matches(word.split("=")[0], parser._option_string_actions, 1, 0)
@@ -87,15 +91,16 @@ def read_rows(source, split="train"):
             from datasets import disable_progress_bars, load_dataset
             if not sys.stderr.isatty():
                 disable_progress_bars()
-            data = load_dataset(kind, data_files=source, split="train") if kind in ("parquet", "csv") else load_dataset(source, split=split)
+            data = load_dataset(kind, data_files=glob.escape(source), split="train") if kind in ("parquet", "csv") else load_dataset(source, split=split)
             return [(f"{source} row {n}", row) for n, row in enumerate(data, 1)]
+        lines = open(source, "rb")
     except Exception as error:      # datasets wraps what its readers raise: the last cause is the one that tells
         while error.__cause__:
             error = error.__cause__
         hint = "" if os.path.exists(source) else ". Without a network name a local .jsonl, .json, .parquet or .csv file"
         sys.exit(f"error: cannot read {source}: {(str(error).splitlines() or [type(error).__name__])[0]}{hint}")
     rows = []                       # line by line, so that a bad line has a number and costs only itself
-    for n, line in enumerate(open(source, "rb"), 1):
+    for n, line in enumerate(lines, 1):
         try:
             if line := line.decode("utf-8-sig").strip():
                 row = {"prompt": line} if kind == "txt" else json.loads(line)
@@ -178,15 +183,16 @@ def report_bad(source, bad, total, strict, expected):
 
 def read_prompts(source, tokenizer):
     """The different prompts of a source, in order; its rows need a prompt (text or messages) and no responses."""
-    prompts = {}
-    for where, row in read_rows("Anthropic/hh-rlhf" if source == "hh" else source, "test" if source == "hh" else "train"):
+    prompts, bad, rows = {}, [], read_rows("Anthropic/hh-rlhf" if source == "hh" else source, "test" if source == "hh" else "train")
+    for where, row in rows:
         if isinstance(row, dict) and row.get("prompt") is not None:
             stub = (lambda x: [dict(role="assistant", content=x)]) if isinstance(row["prompt"], list) else str
             row = dict(prompt=row["prompt"], chosen=stub("a"), rejected=stub("b"))
         try:
             prompts[render(row, tokenizer)[0]] = None
         except ValueError as error:
-            sys.exit(f"error: {where} {error}")
+            bad.append(f"{where} {error}")
+    report_bad(source, bad, len(rows), False, "a row has a prompt, as text or as chat messages")
     return list(prompts) or sys.exit(f"error: {source} has no prompts")
 
 
@@ -366,6 +372,10 @@ def load_model(path, device="cpu", cls=AutoModelForCausalLM):
         sys.exit(f"error: cannot load {path}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
     if info["missing_keys"]:
         sys.exit(f"error: {path}: the weights lack {len(info['missing_keys'])} tensors of {type(model).__name__}, {min(info['missing_keys'])} for one")
+    if info["unexpected_keys"]:
+        print(f"warning: {path} has {len(info['unexpected_keys'])} tensors that its config.json has no place for, {min(info['unexpected_keys'])} for one")
+    if (highest := max(tokenizer.get_vocab().values())) >= (known := len(model.get_input_embeddings().weight)):
+        sys.exit(f"error: {path}: its tokenizer has ids up to {highest}, its model knows {known} tokens; resize_token_embeddings, and save both again")
     return model.to(device).eval(), tokenizer
 
 
@@ -410,7 +420,7 @@ def join_processes(out_dir):
         sys.__excepthook__(kind, error, trace)
         if isinstance(error, OSError):
             print(f"error: {error}. If {out_dir} has a checkpoint, it is whole: --resume=True continues from there", file=sys.stderr)
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search("not enough memory|allocate memory", str(error)):
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search("out of memory|not enough memory|allocate memory|ALLOC_FAILED", str(error)):
             print("error: out of memory. Lower --micro_tokens (no result changes), then --max_length; --dtype=bfloat16 halves what a pass keeps; torchrun "
                   "spreads a model over several GPUs", file=sys.stderr)
     sys.excepthook = show
@@ -491,15 +501,20 @@ def save(folder, model, tokenizer, optimizer, step, data=""):
             os.remove(old)
 
 
-def load_state(folder):
-    """{"step", "optimizer", "rng", "data"} that belongs to the weights in folder."""
+def load_state(folder, model=None):
+    """{"step", "optimizer", "rng", "data"} that belongs to the weights in folder; a model gets these weights, and torch the random state."""
     weights = os.path.join(folder, "model.safetensors")
     path = os.path.join(folder, f"training_state-{file_hash(weights)}.pt") if os.path.exists(weights) else ""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if type(state["step"]) is not int or state["step"] < 0 or not state["optimizer"]["state"]:
+            raise ValueError
+        if model is not None:
+            model.load_state_dict(load_model(folder)[0].state_dict())
+            torch.set_rng_state(state["rng"])
         return {name: state[name] for name in ("step", "optimizer", "rng", "data")}
     except Exception:               # missing, cut short, or no state file at all: the unpickler raises what it likes
-        sys.exit(f"error: {folder} has no complete checkpoint, or its training_state file is damaged; start again with --overwrite=True")
+        sys.exit(f"error: {folder} has no complete checkpoint, or its training_state file or config.json is damaged; start again with --overwrite=True")
 
 
 @torch.no_grad()
@@ -720,11 +735,11 @@ if __name__ == "__main__":
         entropy, surprisal = (np.average(stats[k], weights=[len(r) for _, r in flat]) for k in ("entropy", "surprisal"))     # means over tokens
         table.append(f"{name:9} | n {len(flat)} | entropy {entropy:.4f} | surprisal {surprisal:.4f} nats a token"
                      + (f" | reward {np.mean(scores):+.3f}" if reward else "") + (f" | kl {np.mean(stats['kl']):.3f}" if m is model and ref else ""))
+    with open(out, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for _, row in rows)
     for i, text in enumerate(texts):
         print(f"\n{text.strip()}")
         for row in (row for k, row in rows if k == i):
             print(f"  {row['model']:9} {'' if row['score'] is None else format(row['score'], '+.2f')} |{row['response']}")
     print("\n" + "\n".join(table))
-    with open(out, "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for _, row in rows)
     print(f"wrote {len(rows)} responses to {out}")

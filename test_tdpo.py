@@ -637,6 +637,16 @@ def test_a_classifier_is_a_reward(words, tmp_path):
     assert eval_imdb.load_reward(str(tmp_path / "NEGATIVE"))(texts) == pytest.approx(expected, rel=1e-5)
     with pytest.raises(SystemExit, match="one must be called positive"):
         eval_imdb.load_reward(str(tmp_path / "bad"))
+    assert eval_imdb.load_reward(str(tmp_path / "NEGATIVE"))(["the plot " * 90])[0] > 0         # longer than its 64 positions
+    more = eval_imdb.scratch_model(0)[1]
+    more.add_tokens(["more"]), more.save_pretrained(tmp_path / "NEGATIVE")
+    with pytest.raises(SystemExit, match=r"its tokenizer has ids up to \d+, its model knows \d+ tokens"):
+        eval_imdb.load_reward(str(tmp_path / "NEGATIVE"))
+    plain = eval_imdb.scratch_model(0)[1]
+    plain.pad_token = plain.eos_token = None                    # nothing to pad with: said before anything is sampled
+    plain.save_pretrained(tmp_path / "NEGATIVE")
+    with pytest.raises(SystemExit, match="cannot score texts"):
+        eval_imdb.load_reward(str(tmp_path / "NEGATIVE"))
 
 
 def test_texts_of_ones_own(words, tmp_path):
@@ -651,6 +661,10 @@ def test_texts_of_ones_own(words, tmp_path):
     path.write_text('{"text": 3}\n')
     with pytest.raises(SystemExit, match="line 1 has no text"):
         eval_imdb.load_texts(run)
+    for row, said in ((dict(text="a", split=["train"]), "a split that is no text"), (dict(text="a\ud800"), "half a surrogate pair")):
+        path.write_text(json.dumps(row) + "\n")
+        with pytest.raises(SystemExit, match="line 1 has " + said):
+            eval_imdb.load_texts(run)
 
 
 def test_wandb_gets_what_the_log_gets(runs, tmp_path, monkeypatch):
@@ -885,10 +899,12 @@ def small_files(runs):
     return folder
 
 
-def wait_for(what, process, seconds=60):
+def wait_for(what, process, seconds=120):
     began = time.time()
     while not what():
-        assert process.poll() is None and time.time() - began < seconds, process.communicate()[0]
+        if process.poll() is not None or time.time() - began > seconds:
+            process.kill()
+            pytest.fail(process.communicate(timeout=20)[0])
         time.sleep(0.001)
 
 
@@ -911,6 +927,22 @@ def test_signals_finish_the_step_and_save(runs):
     code, out = script("train.py", *options)
     assert code == 0, out
     same_run(whole, folder)
+
+
+def test_signals_save_nothing_broken_and_leave_nobody_behind(runs, tmp_path):
+    process = torchrun(1, *options_on_pairs(runs, "signals3", "--max_steps=3", "--batch_size=2000", "--learning_rate=1e38", "--warmup_steps=0"))
+    wait_for(lambda: log_of_whole_lines(runs["folder"] + "/signals3") == 0, process)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    code, out = ended(process)
+    assert code == 1 and "held-out loss after step 1 is nan" in out and not os.path.exists(runs["folder"] + "/signals3/model.safetensors"), out
+    process, sft = torchrun(1, f"--out_dir={tmp_path}/a"), str(tmp_path / "reviews-sft-1-new")          # which trains its SFT model first
+    wait_for(lambda: log_of_whole_lines(sft) >= 3, process)
+    process.send_signal(signal.SIGTERM)
+    assert ended(process)[0] == 128 + signal.SIGTERM
+    with open(sft + "/.lock", "w") as lock:
+        time.sleep(1)
+        __import__("fcntl").flock(lock, 6)                      # exclusive, without waiting: nobody is at work there
 
 
 def test_a_second_signal_leaves_at_once(runs):
@@ -961,7 +993,7 @@ def test_a_save_that_fails_keeps_the_one_before(runs):
 
 
 def test_memory_is_flat_over_500_steps(runs):
-    """The embedded task: the resident memory of its process in steps 401 to 500 against steps 51 to 150."""
+    """The embedded task: the resident memory of its process in steps 451 to 500 against steps 51 to 100."""
     folder, resident = os.path.join(runs["folder"], "flat"), [[] for _ in range(502)]
     process = torchrun(1, f"--init_from={runs['sft']}", f"--out_dir={folder}", "--max_steps=500", "--train_prefixes=96", "--eval_prefixes=32", "--batch_size=8", "--log_interval=500")
     while process.poll() is None:
@@ -971,7 +1003,7 @@ def test_memory_is_flat_over_500_steps(runs):
             pass
         time.sleep(0.02)
     code, out = ended(process)
-    early, late = (np.mean(sum(resident[a:b], [])) for a, b in ((52, 152), (402, 501)))
+    early, late = (np.mean(sum(resident[a:b], [])) for a, b in ((52, 102), (452, 501)))
     assert code == 0 and late < 1.02 * early, (out, early, late)
 
 
@@ -1022,8 +1054,13 @@ def test_damaged_checkpoints_and_changed_data_are_refused(runs, tmp_path):
                                    lambda f, s: s.write_text("")],
         "another version's": [lambda f, s, x=x: (f / "options.json").write_text(json.dumps({k: v for k, v in {**json.load(open(f / "options.json")), **x}.items() if v != ""}))
                               for x in ({"gamma": 1}, {"beta": "x"}, {"alpha": None}, {"beta": ""})],
-        "cannot be read": [lambda f, s: (f / "options.json").write_text(x) for x in ("{", "3", "")],
+        "cannot be read": [lambda f, s, x=x: (f / "options.json").write_text(x) for x in ("{", "3", "")],
     }
+
+    def state(folder, path, **change):
+        torch.save({**torch.load(path), **change}, path)
+    damages["damaged"] = [lambda f, s, x=x: state(f, s, **x) for x in ({"step": "x"}, {"step": -5}, {"rng": torch.zeros(3)}, {"optimizer": {}}, {"optimizer": {"state": {}}})]
+    damages["damaged"] += [lambda f, s: (f / "config.json").write_text((f / "config.json").read_text().replace('"n_layer": 2', '"n_layer": 1'))]
     for message, ways in damages.items():
         for n, way in enumerate(ways):
             folder = tmp_path / f"{message[:3]}{n}"
@@ -1034,6 +1071,11 @@ def test_damaged_checkpoints_and_changed_data_are_refused(runs, tmp_path):
             assert code and message in out and "Traceback" not in out, (message, n, out)
             assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
     assert not (tmp_path / "ran").exists()
+    for n, line in enumerate(("3", '{"eval_loss": 1}', '{"step": "x"}', "null")):       # a log is cut at what is no record
+        shutil.copytree(good, folder := tmp_path / f"log{n}")
+        (folder / "log.jsonl").write_text((folder / "log.jsonl").read_text() + line + "\n")
+        code, out = script("train.py", "--resume=True", f"--out_dir={folder}", "--max_steps=3")
+        assert code == 0 and [x["step"] for x in log_of(folder) if "loss" in x] == [1, 2, 3], out
     changed = dict(runs, pairs=str(tmp_path / "changed.jsonl"))
     lines = open(runs["pairs"]).read()
     open(changed["pairs"], "w").write(lines)
@@ -1154,7 +1196,7 @@ FILES = [       # (content of pairs.jsonl, further options, what the message say
      "", "no chat template"),
     (GOOD, "--max_length=500", "--max_length=500 is more than the 128 positions"), (GOOD, "--init_from=nobody/nothing --max_length=64", "hub could not be reached.*scratch"),
 (GOOD, "--init_from=NO_WEIGHTS", "no weights"), (GOOD, "--init_from=NO_TOKENIZER", "no a? ?tokenizer"),
-    (GOOD, "--init_from=TRUNCATED", "cannot load"), (GOOD, "--ref_from=OTHER_VOCABULARY", "another vocabulary"), (GOOD, "--eval_data=nobody/nothing", "cannot read nobody/nothing.*Without a network"),
+    (GOOD, "--init_from=TRUNCATED", "cannot load"), (GOOD, "--ref_from=OTHER_VOCABULARY", "another vocabulary"), (GOOD, "--init_from=MORE_TOKENS", "has ids up to 162, its model knows 61"), (GOOD, "--eval_data=nobody/nothing", "cannot read nobody/nothing.*Without a network"),
     ("\n".join([GOOD] * 300 + ["{"]), "--strict=True", "line 301 is broken JSON.*1 of 301"),
 ]
 
@@ -1163,7 +1205,7 @@ FILES = [       # (content of pairs.jsonl, further options, what the message say
 def broken_models(runs):
     import shutil
     found = {}
-    for name, drop in (("NO_WEIGHTS", "model.safetensors"), ("NO_TOKENIZER", "tokenizer"), ("TRUNCATED", None), ("OTHER_VOCABULARY", None)):
+    for name, drop in (("NO_WEIGHTS", "model.safetensors"), ("NO_TOKENIZER", "tokenizer"), ("TRUNCATED", None), ("OTHER_VOCABULARY", None), ("MORE_TOKENS", None)):
         found[name] = os.path.join(runs["folder"], name)
         shutil.copytree(runs["sft"], found[name])
         for file in os.listdir(found[name]):
@@ -1171,7 +1213,10 @@ def broken_models(runs):
                 os.remove(os.path.join(found[name], file))
     weights = found["TRUNCATED"] + "/model.safetensors"
     os.truncate(weights, os.path.getsize(weights) // 2)
-    tiny("gpt2").save_pretrained(found["OTHER_VOCABULARY"])
+    tiny("gpt2").save_pretrained(found["MORE_TOKENS"])          # than the model has embeddings
+    with open(found["OTHER_VOCABULARY"] + "/tokenizer.json", "r+") as f:
+        text = f.read().replace('"acting"', '"singing"')
+        f.seek(0), f.write(text)
     return found
 
 
@@ -1224,9 +1269,20 @@ def test_fuzzed_options_and_files_never_end_in_a_traceback(runs, words, tmp_path
                 sample.tokenize(pairs, words, 16, 4, "left")
             except SystemExit as stop:
                 assert isinstance(stop.code, str) and stop.code.startswith("error: ")
+    words.chat_template = None
+    good = [GOOD.replace("plot", f"plot {n}") for n in range(200)]
+    run = dict(method="dpo", data=str(tmp_path / "fuzz.jsonl"), eval_data="", eval_pairs=50, max_length=16, max_prompt_length=4, truncation="left", strict=False, seed=1, init_from="x")
+
+    @hypothesis.settings(settings, max_examples=(examples or 150) // 5)
+    @hypothesis.given(lines)
+    def one_of_many(line):                      # which is left out, or trained on, or held out
+        (tmp_path / "fuzz.jsonl").write_bytes(b"\n".join([*(x.encode() for x in good), line.replace(b"\n", b" ")]))
+        found = eval_imdb.training_data(run, tiny("gpt2"), words, None, "float32")
+        assert 200 <= len(found[0]) + len(found[1]) + found[5] <= 201 and len(found[1]) == 20
     options()
     files()
     words.chat_template = None
+    one_of_many()
 
 
 def test_odd_texts_survive(words, tmp_path):

@@ -103,12 +103,12 @@ def configure(argv):
     for name, text in vars(args).items():
         kind = type(defaults[name])
         try:
-            if text is not None:
+            if text is not None and text.encode() is not None:          # half a surrogate pair cannot be encoded, a ValueError
                 given[name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
                 if kind is float and not math.isfinite(given[name]):
                     raise ValueError
         except (ValueError, KeyError):
-            wrong.append(f"--{name}={text}: expected {'True or False' if kind is bool else 'a whole number' if kind is int else 'a number'}")
+            wrong.append(f"--{name}={text}: expected {'True or False' if kind is bool else 'a whole number' if kind is int else 'a number' if kind is float else 'UTF-8 text'}")
             given.pop(name, None)
 
     # presets, and the options of a run to be resumed
@@ -135,12 +135,10 @@ def configure(argv):
     for name, least in dict(alpha=0, min_score_gap=0, micro_tokens=0, max_steps=0, warmup_steps=0, grad_clip=0, eval_interval=0, save_interval=0, seed=0, log_interval=1,
                             eval_pairs=1, batch_size=1, max_prompt_length=1, train_prefixes=1, max_new_tokens=1, eval_prefixes=2,
                             completions=2, max_length=2).items():
-        if getattr(c, name) < least:
-            wrong.append(f"--{name}={getattr(c, name)}: it must be at least {least}")
+        if not least <= getattr(c, name) < 2**63:
+            wrong.append(f"--{name}={getattr(c, name)}: it must be at least {least}, and less than 2^63")
     wrong += [f"--{name}={getattr(c, name)}: it must be greater than 0" for name in ("beta", "learning_rate") if getattr(c, name) <= 0]
-    wrong += [f"--seed={c.seed}: it must be less than 2^63"] * (c.seed >= 2**63)
-    if c.max_prompt_length >= c.max_length:
-        wrong.append(f"--max_prompt_length={c.max_prompt_length} leaves no room for a response within --max_length={c.max_length}")
+    wrong += [f"--max_prompt_length={c.max_prompt_length} leaves no room for a response within --max_length={c.max_length}"] * (c.max_prompt_length >= c.max_length)
     for name, known in (("data", (*TASKS, "hh")), ("eval_data", ("", "hh"))):
         source, is_file = getattr(c, name), getattr(c, name).endswith((".jsonl", ".json", ".parquet", ".csv"))
         if source not in known and not (os.path.isfile(source) if is_file else re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not os.path.exists(source)):
@@ -159,10 +157,9 @@ def configure(argv):
         if path and not os.path.exists(path) and not re.fullmatch(r"(?!out/)\w[\w.-]*(/[\w.-]+)?(?<!\.parquet)(?<!\.jsonl)", path):
             wrong.append(f"--{name}={path}: no such file or directory")
     wrong += [f"--data={c.data} needs a model: --init_from=DIRECTORY or a hub id"] * (not c.init_from)
-    if c.init_from == "scratch" and c.data != "reviews" or c.ref_from == "scratch":
-        wrong.append("scratch is the tiny untrained model of --data=reviews and knows its words alone; name a directory or a hub id")
-    if c.wandb_log and not importlib.util.find_spec("wandb"):
-        wrong.append("--wandb_log=True: wandb is not installed; pip install wandb, or leave it out")
+    wrong += ["scratch is the tiny untrained model of --data=reviews and knows its words alone; name a directory or a hub id"] * (
+        c.init_from == "scratch" and c.data != "reviews" or c.ref_from == "scratch")
+    wrong += ["--wandb_log=True: wandb is not installed; pip install wandb, or leave it out"] * (c.wandb_log and not importlib.util.find_spec("wandb"))
     if os.path.isdir(folder) and any(os.path.exists(x) and os.path.samefile(x, folder) for x in (c.init_from, c.ref_from)):
         wrong.append(f"--out_dir={folder} is a model that the run starts from; name another")
     elif not (c.resume or c.overwrite) and any(os.path.exists(os.path.join(folder, f)) for f in ("options.json", "log.jsonl", "config.json")):
@@ -175,6 +172,7 @@ def configure(argv):
 
 
 if __name__ == "__main__":      # before the imports below, so that a typing mistake costs no time
+    os.environ.get("WORLD_SIZE") or os.environ.pop("RANK", None)        # torchrun sets both
     options = configure(sys.argv[1:])
     if os.environ.get("RANK", "0") == "0":
         try:                    # one run a directory: the lock lasts as long as this process, however it ends
@@ -236,7 +234,8 @@ if __name__ == "__main__":
     # -------------------------------------------------------------------------
     # processes and device
     started, signals, (rank, world) = time.time(), [], join_processes(out_dir)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)        # until there is something to save
+    for number in (signal.SIGINT, signal.SIGTERM):      # until there is something to save; rank 0 ends its SFT run too
+        signal.signal(number, signal.SIG_DFL if rank else lambda n, _: sys.exit(128 + n))
     globals().update(from_rank_0(options))              # which reads, prints and writes for all
     sft, task = method == "sft", data in TASKS
     device = DEVICES[0] if device == "auto" else device
@@ -255,7 +254,7 @@ if __name__ == "__main__":
             if not os.path.exists(os.path.join(init_from, "config.json")):
                 command = ["--method=sft", f"--out_dir={init_from}-new", f"--seed={seed}", f"--device={device}", f"--dtype={dtype}", "--overwrite=True"]
                 print("the SFT model first: python train.py " + " ".join(command), flush=True)
-                if subprocess.run([sys.executable, __file__, *command], env={**os.environ, "RANK": "0", "WORLD_SIZE": "1"}).returncode:
+                if subprocess.run([sys.executable, __file__, *command], start_new_session=True, env={**os.environ, "RANK": "0", "WORLD_SIZE": "1"}).returncode:
                     sys.exit("error: the SFT run failed")
                 os.rename(f"{init_from}-new", init_from)        # a model that was trained to its end
         place = device if world == 1 or task else "cpu"         # one GPU may be too small for the whole model
@@ -270,11 +269,9 @@ if __name__ == "__main__":
                                      "flex" if place == "cuda" else "dense" if compile and device != "cuda" else "pairs")
         attention, digest = "flex" if device == "cuda" and attention == "pairs" else attention, fingerprint(examples + held_out, ref)
         if resume:
-            state = load_state(out_dir)
+            state = load_state(out_dir, model)
             if state["data"] != digest:
                 sys.exit(f"error: the data or the reference of the run in {out_dir} is another now; give back what it was, or start another --out_dir")
-            model.load_state_dict(load_model(out_dir)[0].state_dict())
-            torch.set_rng_state(state["rng"])
             step = state["step"]
         found = examples, held_out, *others, attention, digest, [model.config, (ref or model).config], tokenizer, init_from, step
     examples, held_out, names, prefixes, truncated, dropped, attention, digest, configs, tokenizer, init_from, step = from_rank_0(found)
@@ -362,20 +359,23 @@ if __name__ == "__main__":
     def write(record, columns):
         """One JSON line in the log, and the columns that a person watches on the screen."""
         log.write(json.dumps(record) + "\n")
-        log.flush()
         if wandb_log and rank == 0:
             wandb.log(record, step=record["step"])
         if columns:
             print(f"{'step' if 'loss' in record else 'eval'} {record['step']:>{len(str(max_steps))}} | " + " | ".join(
                 f"{x.removeprefix('eval_')} {record[x]:>8.4g}" for x in columns if x in record), flush=True)
 
-    def evaluate():
+    def evaluate(whole=True):
+        """All that is held out, for the log; or one example, where a signal asks to save at once, to see that the weights are sound."""
+        n = len(held_out) if whole else 1
         with torch.no_grad():
-            batches = tqdm(passes(range(len(held_out)), held_out), desc="evaluating", leave=False, disable=None)
-            found = means([forward(batch, counts)[1] for _, batch, counts in batches], sum(len(e[1]) for e in held_out) if sft else len(held_out))
+            batches = tqdm(passes(range(n), held_out), desc="evaluating", leave=False, disable=None)
+            found = means([forward(batch, counts)[1] for _, batch, counts in batches], sum(len(e[1]) for e in held_out[:n]) if sft else n)
         found = {name: x.item() for name, x in found.items()}
         if not math.isfinite(found["loss"]):
             sys.exit(f"error: the held-out loss after step {step} is {found['loss']}, so this step is not saved. Lower --learning_rate")
+        if not whole:
+            return
         if step == 0 and not sft and found["kl_l"] > 1e-5:
             print(f"warning: before the first step the KL from {ref_from or 'the reference'} is {found['kl_l']:.2g} nats, not 0: its weights differ, or their dtype")
         if task and not sft:
@@ -433,8 +433,8 @@ if __name__ == "__main__":
         speeds.append([record[x] for x in ("pairs_per_s", "tokens_per_s", "mfu") if x in record])
         write(record, () if step % log_interval and step < max_steps else ("loss", "acc", "margin", "kl_w", "kl_l", "kl_gap", "grad_norm", "pairs_per_s", "mfu"))
         due_eval, due_save = (step == max_steps or interval and step % interval == 0 for interval in (eval_interval, save_interval))
-        if due_eval or due_save:                        # what is saved has been evaluated, so no broken weights replace good ones
-            evaluate()
+        if due_eval or due_save or stop:                # what is saved has been evaluated, so no broken weights replace good ones
+            evaluate(due_eval or due_save)
         if due_save or stop:
             save(out_dir, model, tokenizer, optimizer, step, digest)
         if stop and step < max_steps:
