@@ -282,8 +282,8 @@ if __name__ == "__main__":
     n_params, (vocabulary, width) = sum(p.numel() for p in model.parameters()), model.get_output_embeddings().weight.shape
     n_body = n_params - vocabulary * width * (1 if model.get_output_embeddings().weight is model.get_input_embeddings().weight else 2)
     if device == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        # glibc returns freed buffers, so memory stays flat; where logits are large it keeps them, as a tenth of a step would go into fresh pages
-        libc.mallopt(-1, 2**31 - 1) if vocabulary > 8192 and libc.mallopt(-3, 1 << 27) else libc.mallopt(-3, 1 << 21)
+        # glibc would return freed buffers, to ask for fresh pages at the next step, which takes a third of the embedded task's time
+        libc.mallopt(-1, 2**31 - 1) and libc.mallopt(-3, 1 << 27)
     for m in models:            # states: the hidden states of a row; one call of it gathers what FSDP has spread
         if world > 1:
             shard(m, device, compile)
