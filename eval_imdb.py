@@ -1,7 +1,8 @@
 """The sentiment task, real (IMDb) and embedded (a seeded grammar of film reviews): texts, prefixes, reward, pairs, evaluation.
 
     python eval_imdb.py --runs=out/reviews-dpo,out/reviews-tdpo2        # one table, one figure: reward against sequential KL
-    python eval_imdb.py --runs=out/imdb-tdpo2 --eval_prefixes=512
+    python eval_imdb.py --runs='out/sweep/[1-5]-*/' --eval_prefixes=0   # means and intervals over seeds, from the runs' logs
+    python eval_imdb.py --runs=out/hh-dpo,out/hh-tdpo2                  # runs on pairs: accuracy, and the entropy of sample.py's samples
 
 Both tasks take the same path; only texts, SFT model and reward differ (paper, Section 5.1; Rafailov et al. 2023, Appendix C.1).
 """
@@ -344,6 +345,36 @@ def table(results, levels):
     return lines
 
 
+def preference_result(folder, label, seed):
+    """What the paper's Table 1 has of a run on pairs: accuracy on what it held out, from its log, and the predictive entropy of its samples.jsonl
+    (sample.py --num_samples=25): means over tokens, their standard errors over prompts."""
+    last = [x for x in read_log(folder) if "eval_acc" in x and "eval_pairs" in x][-1]
+    result = dict(run=folder, label=label, seed=seed, step=last["step"], **{k: last["eval_" + k] for k in ("pairs", "acc", "acc_loss", "kl_w", "kl_l")})
+    result.update({k + "_se": (result[k] * (1 - result[k]) / result["pairs"]) ** 0.5 for k in ("acc", "acc_loss")})
+    path = os.path.join(folder, "samples.jsonl")
+    rows = [json.loads(line) for line in open(path, encoding="utf-8")] if os.path.exists(path) else []
+    for name in ("entropy", "surprisal"):
+        sums = {}
+        for row in rows:
+            if row["model"] == "policy":
+                sums[row["prompt"]] = sums.get(row["prompt"], 0) + np.array([row[name], 1]) * row["tokens"]
+        if len(sums) > 1:
+            total, tokens = np.array(list(sums.values())).T
+            mean = total.sum() / tokens.sum()
+            spread = ((total - mean * tokens) ** 2).sum() * len(sums) / (len(sums) - 1)
+            result.update({name: float(mean), name + "_se": float(spread ** 0.5 / tokens.sum()), "prompts": len(sums)})
+    return result
+
+
+def preference_table(results):
+    """The lines of the README's table of runs on pairs; 95 % intervals over pairs and over prompts."""
+    lines = ["| method | acc | acc_loss | D chosen | D rejected | entropy | −log p | pairs | prompts |", "|---" * 9 + "|"]
+    for r in results:
+        cells = [f"{r[k]:.{digits}f} ± {1.96 * r[k + '_se']:.{digits}f}" if k in r else "–" for k, digits in (("acc", 3), ("acc_loss", 3), ("entropy", 3), ("surprisal", 3))]
+        lines.append(f"| {r['label']} | {cells[0]} | {cells[1]} | {r['kl_w']:.3f} | {r['kl_l']:.3f} | {cells[2]} | {cells[3]} | {r['pairs']} | {r.get('prompts', '–')} |")
+    return lines
+
+
 def draw(results, path):
     """Figure 3(a), reward against KL at every evaluation, and Figures 1, 3(b-d) and 6, the KL of chosen and rejected training responses and their gap:
     means and 95 % intervals over seeds. Above KL(policy || ref), which the paper plots, below KL(ref || policy), which its loss has."""
@@ -373,10 +404,10 @@ def draw(results, path):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--runs", required=True, help="directories of train.py runs on reviews or imdb, separated by commas; * and ? match; runs that differ in their seed alone share a line")
+    parser.add_argument("--runs", required=True, help="directories of train.py runs, separated by commas; * and ? match; runs that differ in their seed alone share a line")
     parser.add_argument("--also", default="", help="models trained elsewhere (directories or hub ids), scored on the first run's prefixes against its reference")
     parser.add_argument("--eval_prefixes", type=int, default=512, help="test prefixes, one sample each (default 512); 0 takes the last evaluation that each run has logged")
-    parser.add_argument("--at_kl", default="2,5", help="KLs at which the methods' rewards are compared, interpolated between evaluations (default 2,5)")
+    parser.add_argument("--at_kl", default="1,2", help="KLs at which the methods' rewards are compared, interpolated between evaluations (default 1,2)")
     parser.add_argument("--reward", default="", help="score with another reward than the one trained on: exact, a directory or hub id")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
     parser.add_argument("--device", default=DEVICES[0], choices=DEVICES)
@@ -386,6 +417,13 @@ if __name__ == "__main__":
     runs = {folder: run_options(folder) for folder in folders}
     if not runs or not 0 <= args.seed < 2**63:
         parser.error("--runs names no directory" if not runs else "--seed must be between 0 and 2^63")
+    name_of = lambda run: run["method"] + f" α={run['alpha']:g}" * (run["method"] == "tdpo2") + f" β={run['beta']:g}" * (run["beta"] != 0.1)
+    if all(run.get("data", "reviews") not in TASKS and run["method"] != "sft" for run in runs.values()):
+        results = [preference_result(folder, name_of(run), run["seed"]) for folder, run in runs.items()]
+        print("\n".join(preference_table(results)))
+        with open(writable(parser, args.out + ".json"), "w", encoding="utf-8") as f:
+            json.dump(results, f, indent=1)
+        sys.exit()
     for folder, run in runs.items():
         if run.get("data") not in TASKS:
             parser.error(f"{folder} holds no run of train.py on {' or '.join(TASKS)}")
@@ -404,7 +442,7 @@ if __name__ == "__main__":
     results, references, settings = [], {}, {}
     for folder, run in runs.items():
         elsewhere, source = run["method"] == "elsewhere", run["ref_from"] or run["init_from"] if run["method"] != "sft" else folder
-        label = os.path.basename(folder) if elsewhere else run["method"] + f" α={run['alpha']:g}" * (run["method"] == "tdpo2") + f" β={run['beta']:g}" * (run["beta"] != 0.1)
+        label = os.path.basename(folder) if elsewhere else name_of(run)
         setting = {k: v for k, v in run.items() if k not in ("seed", "init_from", "ref_from", "out_dir", "resume", "overwrite", "device", "compile", "micro_tokens", "wandb_log", "log_interval")}
         if settings.setdefault(label, setting) != setting:
             label = folder                  # it differs in more than its seed from runs of this label

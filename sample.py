@@ -6,7 +6,7 @@
     python sample.py --model=DIR --ref=DIR --prompts=questions.jsonl        # .jsonl with "prompt" (text or messages), or .txt
     python sample.py --model=DIR --format=mt_bench --prompts=question.jsonl --out=data/mt_bench/model_answer/NAME.jsonl
 
-Every response becomes one line of a .jsonl file: prompt, model, response, score, entropy, surprisal, kl, reverse_kl.
+Every response becomes one line of a .jsonl file: prompt, model, response, tokens, score, entropy, surprisal, kl, reverse_kl.
 """
 import argparse
 import atexit
@@ -730,7 +730,7 @@ if __name__ == "__main__":
         stats = response_stats(m, None if m is ref else ref, [prompts[i] for i, _ in flat], [r for _, r in flat])
         replies = [eval_imdb.response_text(tokenizer, prompts[i], r) for i, r in flat]
         scores = reward([texts[i] + reply for (i, _), reply in zip(flat, replies)]) if reward else [None] * len(flat)
-        rows += [(i, dict(prompt=texts[i], model=name, response=reply, score=score, **{k: v[n] for k, v in stats.items()}))
+        rows += [(i, dict(prompt=texts[i], model=name, response=reply, tokens=len(flat[n][1]), score=score, **{k: v[n] for k, v in stats.items()}))
                  for n, ((i, _), reply, score) in enumerate(zip(flat, replies, scores))]
         entropy, surprisal = (np.average(stats[k], weights=[len(r) for _, r in flat]) for k in ("entropy", "surprisal"))     # means over tokens
         table.append(f"{name:9} | n {len(flat)} | entropy {entropy:.4f} | surprisal {surprisal:.4f} nats a token"

@@ -712,6 +712,25 @@ def test_intervals_and_rewards_at_matched_kl():
     assert lines[3] == "| tdpo1 | 0.500 ± 0.196 | 2.000 ± 0.196 | 1.000 ± 0.196 | 1.000 ± 0.196 | 0.200 | – | 1 × 9 |"
 
 
+def test_the_readmes_tables_are_those_of_the_assets():
+    readme = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
+    for name, levels in (("reviews", [1, 2]),):
+        path = os.path.join(HERE, "assets", name + ".json")
+        assert "\n".join(eval_imdb.table(json.load(open(path)), levels)) in readme and os.path.getsize(path) < 300 * 1024
+
+
+def test_runs_on_pairs_make_table_1(runs):
+    folder = train_on_pairs(runs, "table1", "--max_steps=8", "--learning_rate=1e-3")
+    code, out = script("sample.py", f"--model={folder}", "--num_samples=5", "--num_prompts=4", "--max_new_tokens=12")
+    code, out = script("eval_imdb.py", f"--runs={folder}", f"--out={runs['folder']}/table1x")
+    (row,) = json.load(open(f"{runs['folder']}/table1x.json"))
+    last, samples = log_of(folder)[-1], [x for x in map(json.loads, open(folder + "/samples.jsonl")) if x["model"] == "policy"]
+    assert code == 0 and row["acc"] == last["eval_acc"] and row["pairs"] == last["eval_pairs"] == 5 and row["prompts"] == 4, out
+    tokens = [x["tokens"] for x in samples]
+    assert len(samples) == 20 and row["entropy"] == pytest.approx(np.average([x["entropy"] for x in samples], weights=tokens)) and row["entropy_se"] > 0
+    assert f"| tdpo2 α=0.5 | {row['acc']:.3f} ± " in out
+
+
 def test_answers_load_in_fastchat_and_alpaca_eval(runs, tmp_path):
     import shutil
     shutil.copytree(runs["sft"], model := tmp_path / "model")

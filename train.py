@@ -382,7 +382,7 @@ if __name__ == "__main__":
             with torch.compiler.set_stance("force_eager"):      # prompts of every length would use up the recompilations
                 found.update(eval_imdb.score_policy(model, ref, tokenizer, prefixes, score or (lambda texts: [0.0] * len(texts)), max_new_tokens, seed, dtype))
         getattr(ctypes.CDLL(None), "malloc_trim", int)(0)       # glibc: the pieces that sampling leaves would add up
-        write({"step": step, **{"eval_" + name: x for name, x in found.items()}},
+        write({"step": step, **{"eval_" + name: x for name, x in found.items()}, "eval_pairs": n},
               ["eval_" + x for x in ("loss", "acc", "margin", "kl_w", "kl_l", "kl_gap", "reward", "reward_se", "sample_kl", "sample_rkl", "entropy")])
 
     # -------------------------------------------------------------------------
