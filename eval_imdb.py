@@ -274,11 +274,12 @@ def read_log(folder, step=float("inf")):
     lines, path = [], os.path.join(folder, "log.jsonl")
     for line in open(path, encoding="utf-8", errors="replace") if os.path.exists(path) else ():
         try:
-            lines.append(json.loads(line))
-            lines[-1]["step"] < step
+            record = json.loads(line)
+            if record["step"] <= step:
+                lines.append(record)
         except (ValueError, KeyError, TypeError):
-            return [x for x in lines[:-1] if x["step"] <= step]
-    return [x for x in lines if x["step"] <= step]
+            break
+    return lines
 
 
 def start_log(folder, options, step, resume):
@@ -348,7 +349,8 @@ def table(results, levels):
 def preference_result(folder, label, seed):
     """What the paper's Table 1 has of a run on pairs: accuracy on what it held out, from its log, and the predictive entropy of its samples.jsonl
     (sample.py --num_samples=25): means over tokens, their standard errors over prompts."""
-    last = [x for x in read_log(folder) if "eval_acc" in x and "eval_pairs" in x][-1]
+    found = [x for x in read_log(folder) if "eval_acc" in x and "eval_pairs" in x]
+    last = found[-1] if found else sys.exit(f"error: {folder} has logged no evaluation of held-out pairs")
     result = dict(run=folder, label=label, seed=seed, step=last["step"], **{k: last["eval_" + k] for k in ("pairs", "acc", "acc_loss", "kl_w", "kl_l")})
     result.update({k + "_se": (result[k] * (1 - result[k]) / result["pairs"]) ** 0.5 for k in ("acc", "acc_loss")})
     path = os.path.join(folder, "samples.jsonl")

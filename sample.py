@@ -689,7 +689,7 @@ if __name__ == "__main__":
                 sys.exit(f"error: {where} {row if isinstance(row, str) else 'needs question_id and turns (mt_bench), or instruction (alpaca_eval)'}")
             questions.append((row, turns))
             histories.append([])
-        for turn in range(max(len(turns) for _, turns in questions)):
+        for turn in range(max((len(turns) for _, turns in questions), default=0)):
             active = [h for h, (_, turns) in zip(histories, questions) if turn < len(turns)]
             for history, (_, turns) in zip(histories, questions):
                 history += [dict(role="user", content=x) for x in turns[turn:turn + 1]]

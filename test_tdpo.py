@@ -941,6 +941,12 @@ def test_signals_finish_the_step_and_save(runs):
         assert process.returncode == 128 + number and f"stopped after step {reached}, which is saved | continue: python train.py --resume=True --out_dir={folder}" in out, out
         assert log_of(folder)[-1]["step"] == reached < 60
         options = ["--resume=True", f"--out_dir={folder}"]
+    kept = eval_imdb.read_log(folder)
+    with open(folder + "/log.jsonl", "a") as f:
+        f.write('{"step": 99, "lo')
+    assert kept == eval_imdb.read_log(folder) and kept[-1]["step"] == reached
+    with open(folder + "/log.jsonl", "w") as f:
+        f.writelines(json.dumps(x) + "\n" for x in kept)
     with open(folder + "/log.jsonl", "a") as f:             # what a kill leaves: steps after the last save, and a line that was cut
         f.write(json.dumps({"step": reached + 1, "loss": 9}) + '\n{"step": 99, "lo')
     code, out = script("train.py", *options)
