@@ -299,7 +299,8 @@ def start_log(folder, options, step, resume):
 
 SCORES = ("reward", "sample_kl", "sample_rkl", "entropy")
 CURVES = ("kl_w", "kl_l", "kl_gap", "rkl_w", "rkl_l", "rkl_gap")
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)     # Student's t for 2 to 10 seeds
+# Student's t for 2 to 16 values
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 
 def from_log(folder):
@@ -312,20 +313,21 @@ def from_log(folder):
 
 
 def interval(values, errors=()):
-    """(mean, half of a 95 % interval): over seeds where there are several; of one seed over its samples, from their standard error."""
+    """(mean, half of a 95 % interval): Student's t over seeds, or the interval over samples, from their standard errors, where that is wider:
+    two seeds can agree by chance."""
+    half = 1.96 * float(np.sqrt(np.sum(np.square(errors)))) / len(values) if len(errors) else float("nan")
     if len(values) > 1:
-        return float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5 * T975[min(len(values) - 2, len(T975) - 1)])
-    return values[0], 1.96 * errors[0] if errors else float("nan")
+        half = np.fmax(half, np.std(values, ddof=1) / len(values) ** 0.5 * T975[min(len(values) - 2, len(T975) - 1)])
+    return float(np.mean(values)), float(half)
 
 
 def reward_at(evals, level):
-    """The reward where a run's evaluations, joined by straight lines, cross KL(policy || ref) = level: the best of the crossings; None without one."""
-    found = []
+    """(reward, its standard error) where a run's evaluations, joined by straight lines, first cross KL(policy || ref) = level; None without a crossing.
+    Both ends share their prefixes, so their errors are taken as fully correlated."""
     for a, b in zip(evals, evals[1:]):
         if min(a["sample_rkl"], b["sample_rkl"]) <= level <= max(a["sample_rkl"], b["sample_rkl"]) and a["sample_rkl"] != b["sample_rkl"]:
             share = (level - a["sample_rkl"]) / (b["sample_rkl"] - a["sample_rkl"])
-            found.append(a["reward"] + share * (b["reward"] - a["reward"]))
-    return max(found, default=None)
+            return tuple(a[k] + share * (b[k] - a[k]) for k in ("reward", "reward_se"))
 
 
 def groups(results):
@@ -340,7 +342,7 @@ def table(results, levels):
         cells = ["{:.3f} ± {:.3f}".format(*interval([r[k] for r in runs], [r[k + "_se"] for r in runs])) for k in ("reward", "sample_rkl", "sample_kl", "entropy")]
         for level in levels:
             reached = [x for r in runs if (x := reward_at(r["evals"], level)) is not None]
-            cells.append("–" if not reached else "{:.3f}".format(reached[0]) if len(reached) == 1 else "{:.3f} ± {:.3f}".format(*interval(reached)))
+            cells.append("{:.3f} ± {:.3f}".format(*interval(*zip(*reached))) if reached else "–")
             cells[-1] += f" ({len(reached)} of {len(runs)})" * (0 < len(reached) < len(runs))
         lines.append(f"| {label} | {' | '.join(cells)} | {len(runs)} × {runs[0]['n']} |")
     return lines
@@ -372,7 +374,8 @@ def preference_table(results):
     """The lines of the README's table of runs on pairs; 95 % intervals over pairs and over prompts."""
     lines = ["| method | acc | acc_loss | D chosen | D rejected | entropy | −log p | pairs | prompts |", "|---" * 9 + "|"]
     for r in results:
-        cells = [f"{r[k]:.{digits}f} ± {1.96 * r[k + '_se']:.{digits}f}" if k in r else "–" for k, digits in (("acc", 3), ("acc_loss", 3), ("entropy", 3), ("surprisal", 3))]
+        of_prompts = T975[min(r.get("prompts", 2) - 2, len(T975) - 1)]
+        cells = [f"{r[k]:.3f} ± {t * r[k + '_se']:.3f}" if k in r else "–" for k, t in (("acc", 1.96), ("acc_loss", 1.96), ("entropy", of_prompts), ("surprisal", of_prompts))]
         lines.append(f"| {r['label']} | {cells[0]} | {cells[1]} | {r['kl_w']:.3f} | {r['kl_l']:.3f} | {cells[2]} | {cells[3]} | {r['pairs']} | {r.get('prompts', '–')} |")
     return lines
 
@@ -397,10 +400,12 @@ def draw(results, path):
                     axis.plot(steps, mean, lw=1.2, **style)
                     axis.fill_between(steps, mean - half, mean + half, alpha=0.15, color=style["color"], lw=0)
     for row, kl in zip(axes, ("KL(π ‖ π_ref)", "KL(π_ref ‖ π)")):
-        row[0].set(xlabel=f"{kl} of samples, nats", ylabel="reward", title=f"reward against {kl}")
+        row[0].set(xlabel=f"{kl} of samples, nats (linear up to 1)", ylabel="reward", title=f"reward against {kl}")
+        row[0].set_xscale("symlog", linthresh=1)        # methods differ tenfold in their KLs, and all start at 0
         for axis, title in zip(row[1:], ("chosen", "rejected", "gap |rejected - chosen|")):
-            axis.set(xlabel="step", ylabel="nats", title=f"{kl}, {title}")
-    axes[0, 0].legend(fontsize=8, loc="lower right")
+            axis.set(xlabel="step", ylabel="nats (linear up to 1)", title=f"{kl}, {title}")
+            axis.set_yscale("symlog", linthresh=1)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=80)
 
 
@@ -421,6 +426,8 @@ if __name__ == "__main__":
         parser.error("--runs names no directory" if not runs else "--seed must be between 0 and 2^63")
     name_of = lambda run: run["method"] + f" α={run['alpha']:g}" * (run["method"] == "tdpo2") + f" β={run['beta']:g}" * (run["beta"] != 0.1)
     if all(run.get("data", "reviews") not in TASKS and run["method"] != "sft" for run in runs.values()):
+        if args.also or args.reward:
+            parser.error("--also and --reward are for runs with a reward, not for runs on pairs")
         results = [preference_result(folder, name_of(run), run["seed"]) for folder, run in runs.items()]
         print("\n".join(preference_table(results)))
         with open(writable(parser, args.out + ".json"), "w", encoding="utf-8") as f:
@@ -446,8 +453,8 @@ if __name__ == "__main__":
         elsewhere, source = run["method"] == "elsewhere", run["ref_from"] or run["init_from"] if run["method"] != "sft" else folder
         label = os.path.basename(folder) if elsewhere else name_of(run)
         setting = {k: v for k, v in run.items() if k not in ("seed", "init_from", "ref_from", "out_dir", "resume", "overwrite", "device", "compile", "micro_tokens", "wandb_log", "log_interval")}
-        if settings.setdefault(label, setting) != setting:
-            label = folder                  # it differs in more than its seed from runs of this label
+        if settings.setdefault(label, setting) != setting or any((r["label"], r["seed"]) == (label, run["seed"]) for r in results):
+            label = folder                  # it differs in more than its seed from runs of this label, or not even in that
         logged = from_log(folder) if not elsewhere else dict(evals=[], curves=[])
         if args.eval_prefixes == 0:
             if len(logged["evals"]) < 2:
@@ -468,7 +475,7 @@ if __name__ == "__main__":
     with open(args.out + ".json", "w", encoding="utf-8") as f:
         f.write("[" + ",\n".join(json.dumps(r, ensure_ascii=False) for r in results) + "]\n")
     print("\n" + "\n".join(table(results, levels)))
-    print("\nmean ± half of a 95 % interval, over seeds where there are several, else over samples; KLs are sums over a response, entropy a mean over its tokens, "
+    print("\nmean ± half of a 95 % interval, over seeds or, where wider, over samples; KLs are sums over a response, entropy a mean over its tokens, "
           f"in nats. Wrote {args.out}.json")
     try:
         draw(results, args.out + ".png")

@@ -704,19 +704,25 @@ def test_sample_and_eval_scripts(runs):
 def test_intervals_and_rewards_at_matched_kl():
     assert eval_imdb.interval([1.0, 2.0, 3.0]) == pytest.approx((2, 4.303 / 3**0.5), rel=1e-3)          # t with 2 degrees of freedom
     assert eval_imdb.interval([1.0], [0.5]) == pytest.approx((1, 0.98))
-    evals = [dict(sample_rkl=k, reward=r) for k, r in ((0, 0), (2, 0.4), (4, 0.5), (3, 0.9))]
-    assert eval_imdb.reward_at(evals, 1) == pytest.approx(0.2) and eval_imdb.reward_at(evals, 3.5) == pytest.approx(0.7) and eval_imdb.reward_at(evals, 5) is None
+    assert eval_imdb.interval([1.0, 1.0], [0.3, 0.4]) == pytest.approx((1, 1.96 * 0.25))                # seeds that agree by chance are no surer than their samples
+    evals = [dict(sample_rkl=k, reward=r, reward_se=0.1) for k, r in ((0, 0), (2, 0.4), (4, 0.5), (3, 0.9))]
+    assert [eval_imdb.reward_at(evals, x) for x in (1, 3.5, 5)] == [pytest.approx((0.2, 0.1)), pytest.approx((0.475, 0.1)), None]
     one = dict(label="dpo", n=9, entropy=1.0, sample_kl=1.0, sample_rkl=2.0, evals=evals, **{x + "_se": 0.1 for x in eval_imdb.SCORES})
-    lines = eval_imdb.table([dict(one, reward=0.4), dict(one, reward=0.6), dict(one, label="tdpo1", reward=0.5)], [1, 5])
-    assert lines[2] == "| dpo | 0.500 ± 1.271 | 2.000 ± 0.000 | 1.000 ± 0.000 | 1.000 ± 0.000 | 0.200 ± 0.000 | – | 2 × 9 |"
-    assert lines[3] == "| tdpo1 | 0.500 ± 0.196 | 2.000 ± 0.196 | 1.000 ± 0.196 | 1.000 ± 0.196 | 0.200 | – | 1 × 9 |"
+    lines = eval_imdb.table([dict(one, reward=0.4), dict(one, reward=0.6, evals=evals[:2]), dict(one, label="tdpo1", reward=0.5)], [1, 3, 5])
+    assert lines[2] == "| dpo | 0.500 ± 1.271 | 2.000 ± 0.139 | 1.000 ± 0.139 | 1.000 ± 0.139 | 0.200 ± 0.139 | 0.450 ± 0.196 (1 of 2) | – | 2 × 9 |"
+    assert lines[3] == "| tdpo1 | 0.500 ± 0.196 | 2.000 ± 0.196 | 1.000 ± 0.196 | 1.000 ± 0.196 | 0.200 ± 0.196 | 0.450 ± 0.196 | – | 1 × 9 |"
+    pairs = dict(label="dpo", pairs=100, acc=0.5, acc_loss=0.6, kl_w=1.0, kl_l=2.0, acc_se=0.05, acc_loss_se=0.04, entropy=3.0, entropy_se=0.1, surprisal=2.5, surprisal_se=0.2, prompts=16)
+    assert eval_imdb.preference_table([pairs])[2] == "| dpo | 0.500 ± 0.098 | 0.600 ± 0.078 | 1.000 | 2.000 | 3.000 ± 0.213 | 2.500 ± 0.426 | 100 | 16 |"
 
 
 def test_the_readmes_tables_are_those_of_the_assets():
     readme = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
-    for name, levels in (("reviews", [1, 2]),):
+    for name, levels in (("reviews", [1, 2]), ("imdb", [1, 2, 3])):
         path = os.path.join(HERE, "assets", name + ".json")
         assert "\n".join(eval_imdb.table(json.load(open(path)), levels)) in readme and os.path.getsize(path) < 300 * 1024
+    for line in eval_imdb.preference_table(json.load(open(os.path.join(HERE, "assets", "hh.json"))))[2:]:        # the README has the paper's columns before ours
+        method, ours = line.split(" | ", 1)
+        assert any(x.startswith(method + " | ") and x.endswith(" | " + ours) for x in readme.splitlines()), line
 
 
 def test_runs_on_pairs_make_table_1(runs):
@@ -727,7 +733,10 @@ def test_runs_on_pairs_make_table_1(runs):
     last, samples = log_of(folder)[-1], [x for x in map(json.loads, open(folder + "/samples.jsonl")) if x["model"] == "policy"]
     assert code == 0 and row["acc"] == last["eval_acc"] and row["pairs"] == last["eval_pairs"] == 5 and row["prompts"] == 4, out
     tokens = [x["tokens"] for x in samples]
-    assert len(samples) == 20 and row["entropy"] == pytest.approx(np.average([x["entropy"] for x in samples], weights=tokens)) and row["entropy_se"] > 0
+    assert len(samples) == 20 and row["entropy"] == pytest.approx(np.average([x["entropy"] for x in samples], weights=tokens))
+    sums = [np.sum([[x["entropy"] * x["tokens"], x["tokens"]] for x in samples if x["prompt"] == prompt], 0) for prompt in dict.fromkeys(x["prompt"] for x in samples)]
+    spread = [total - row["entropy"] * count for total, count in sums]          # a ratio of sums over prompts: its linearized standard error
+    assert row["entropy_se"] == pytest.approx(2 * np.std(spread, ddof=1) / sum(tokens)) and row["acc_se"] == pytest.approx((row["acc"] * (1 - row["acc"]) / 5) ** 0.5)
     assert f"| tdpo2 α=0.5 | {row['acc']:.3f} ± " in out
 
 
@@ -760,8 +769,8 @@ def test_answers_load_in_fastchat_and_alpaca_eval(runs, tmp_path):
 # the README's examples, run as they stand there
 
 
-def readme_block(containing):
-    blocks = re.findall(r"```python\n(.*?)```", open(os.path.join(HERE, "README.md"), encoding="utf-8").read(), re.S)
+def readme_block(containing, language="python"):
+    blocks = re.findall(rf"```{language}\n(.*?)```", open(os.path.join(HERE, "README.md"), encoding="utf-8").read(), re.S)
     (found,) = [x for x in blocks if containing in x]
     return found
 
@@ -772,6 +781,41 @@ def own_loss(model, ref, examples):
     with torch.no_grad():
         states = [sample.response_states(m.base_model, m, batch) for m in (model, ref)]
         return tdpo.fused_tdpo_loss(states[0], sample.output_weight(model), states[1], sample.output_weight(ref), *(batch[x] for x in ("labels", "pair", "chosen")), 0.1, 0.5)[0].item()
+
+
+def test_the_loops_of_the_readme_run_again_what_has_not_finished(tmp_path, monkeypatch):
+    """They run as they stand with a stub in python's place, which prints an SFT run's last line before its own, and fails once in each loop."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text("""#!/bin/bash
+echo "$*" >> calls
+for word; do case $word in --out_dir=*|--model=*) d=${word#*=};; esac; done
+case $1 in
+    sample.py) mkdir -p $d; echo {} > $d/samples.jsonl;;
+    train.py) mkdir -p $d; echo "saved out/sft | next: python"
+        if [[ $d == *tdpo1 && ! -e died-${d//\\//-} ]]; then touch died-${d//\\//-}; echo "error: it failed"; exit 1; fi
+        echo "saved $d | next: python";;
+esac
+""")
+    (tmp_path / "bin" / "python").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    for name in ("models/smollm2/config.json", "models/judge/config.json", "imdb.parquet", "hh_helpful_train.jsonl", "hh_helpful_test.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    script, passes = "\n".join(readme_block(f"mkdir -p {x}", "bash") for x in ("out/sweep", "out/imdb", "out/hh")) + "\nwait", []
+    for _ in range(2):
+        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=dict(os.environ, PATH=f"{tmp_path}/bin:{os.environ['PATH']}"), capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        passes.append([x.split() for x in (tmp_path / "calls").read_text().splitlines()])
+        (tmp_path / "calls").unlink()
+        assert done.stdout.count("error: it failed") == (8 if len(passes) == 1 else 0)
+    trained, again = (["{out_dir} {method} {alpha} {beta} {seed}".format(**train.configure(x[1:])) for x in calls if x[0] == "train.py"] for calls in passes)
+    methods, small = ["dpo dpo 0.5 0.1", "tdpo1 tdpo1 0.5 0.1"], ["tdpo2-alpha=0.5 tdpo2 0.5 0.1", "tdpo2-alpha=1 tdpo2 1.0 0.1"]
+    expected = [f"out/sweep/{s}-{x} {s}" for s in range(1, 6) for x in [*methods, "fdpo fdpo 0.5 0.1", *small, *(f"tdpo2-alpha={a} tdpo2 {float(a)} 0.1" for a in ("1.5", "2", "5"))]]
+    expected += [f"out/imdb/{s}-{x} {s}" for s in (1, 2) for x in methods + small] + ["out/imdb-sft sft 0.5 0.1 1", "out/hh-sft sft 0.5 0.1 1"]
+    expected += [f"out/hh/{x} 1" for x in [*methods, "fdpo fdpo 0.5 0.03", "tdpo2 tdpo2 0.5 0.1"]]
+    assert sorted(trained) == sorted(expected)
+    assert sorted(again) == sorted(x for x in expected if " tdpo1 " in x)
+    assert [len([x for x in calls if x[0] == "sample.py"]) for calls in passes] == [4, 0]
 
 
 def test_the_plain_loop_of_the_readme(runs):
@@ -802,11 +846,11 @@ def test_the_trl_subclass_of_the_readme(runs, tmp_path):
 
 
 def test_a_checkpoint_loads_in_the_evaluation_harness(runs):
-    harness = pytest.importorskip("lm_eval.models.huggingface")
-    from lm_eval.api.instance import Instance
+    pytest.importorskip("lm_eval.models.huggingface")
     model, tokenizer = sample.load_model(runs["tdpo2"])
-    scorer = harness.HFLM(pretrained=runs["tdpo2"], device="cpu", batch_size=1)
-    ((score, _),) = scorer.loglikelihood([Instance("loglikelihood", {}, ("the plot", " was dull and the music"), 0)])
+    printed = []
+    exec(readme_block("HFLM").replace("out/reviews-tdpo2", runs["tdpo2"]), dict(print=printed.append))
+    (((score, _),),) = printed
     prompt, response = (tokenizer(x, return_tensors="pt")["input_ids"] for x in ("the plot", " was dull and the music"))
     with torch.no_grad():
         logps = model(torch.cat([prompt, response], 1)).logits.log_softmax(-1)[0, prompt.shape[1] - 1:-1]
@@ -1371,7 +1415,8 @@ def test_a_run_is_not_overwritten_and_a_non_finite_loss_stops(runs):
 def test_readme_names_options_that_exist():
     readme = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
     source = "".join(open(os.path.join(HERE, f), encoding="utf-8").read() for f in ("sample.py", "eval_imdb.py", "test_tdpo.py"))
-    known = set(train.configure(["--out_dir=out/x"])) | set(re.findall(r'add_argument\("--(\w+)"', source)) | {"help", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
+    known = set(train.configure(["--out_dir=out/x"])) | set(re.findall(r'add_argument\("--(\w+)"', source)) | {"help", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint",
+                                                                                                  "judge", "model_outputs", "reference_outputs"}
     named = set(re.findall(r"--(\w+)", readme))
     assert named <= known and len(named) > 15, named - known
     assert len(readme.splitlines()) <= 250
