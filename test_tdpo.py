@@ -717,7 +717,7 @@ def test_intervals_and_rewards_at_matched_kl():
 
 def test_the_readmes_tables_are_those_of_the_assets():
     readme = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
-    for name, levels in (("reviews", [1, 2]), ("imdb", [1, 2, 3])):
+    for name, levels in (("reviews", [0.3, 1, 2]), ("imdb", [1, 2, 3])):
         path = os.path.join(HERE, "assets", name + ".json")
         assert "\n".join(eval_imdb.table(json.load(open(path)), levels)) in readme and os.path.getsize(path) < 300 * 1024
     for line in eval_imdb.preference_table(json.load(open(os.path.join(HERE, "assets", "hh.json"))))[2:]:        # the README has the paper's columns before ours
@@ -784,7 +784,7 @@ def own_loss(model, ref, examples):
 
 
 def test_the_loops_of_the_readme_run_again_what_has_not_finished(tmp_path, monkeypatch):
-    """They run as they stand with a stub in python's place, which prints an SFT run's last line before its own, and fails once in each loop."""
+    """They run as they stand with a stub in python's place, which prints an SFT run's last line before its own, and fails once in TDPO1, on IMDb after it saved."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").write_text("""#!/bin/bash
 echo "$*" >> calls
@@ -792,7 +792,7 @@ for word; do case $word in --out_dir=*|--model=*) d=${word#*=};; esac; done
 case $1 in
     sample.py) mkdir -p $d; echo {} > $d/samples.jsonl;;
     train.py) mkdir -p $d; echo "saved out/sft | next: python"
-        if [[ $d == *tdpo1 && ! -e died-${d//\\//-} ]]; then touch died-${d//\\//-}; echo "error: it failed"; exit 1; fi
+        if [[ $d == *tdpo1 && ! -e died-${d//\\//-} ]]; then touch died-${d//\\//-}; [[ $d == out/imdb/* ]] && touch $d/config.json; echo "error: it failed"; exit 1; fi
         echo "saved $d | next: python";;
 esac
 """)
@@ -808,13 +808,15 @@ esac
         passes.append([x.split() for x in (tmp_path / "calls").read_text().splitlines()])
         (tmp_path / "calls").unlink()
         assert done.stdout.count("error: it failed") == (8 if len(passes) == 1 else 0)
-    trained, again = (["{out_dir} {method} {alpha} {beta} {seed}".format(**train.configure(x[1:])) for x in calls if x[0] == "train.py"] for calls in passes)
+    resumed = [x for x in passes[1] if x[-1] == "--resume=True"]
+    assert sorted(resumed) == [["train.py", f"--out_dir=out/imdb/{s}-tdpo1", "--resume=True"] for s in (1, 2)]
+    trained, again = (["{out_dir} {method} {alpha} {beta} {seed}".format(**train.configure(x[1:])) for x in calls if x[0] == "train.py" and x not in resumed] for calls in passes)
     methods, small = ["dpo dpo 0.5 0.1", "tdpo1 tdpo1 0.5 0.1"], ["tdpo2-alpha=0.5 tdpo2 0.5 0.1", "tdpo2-alpha=1 tdpo2 1.0 0.1"]
     expected = [f"out/sweep/{s}-{x} {s}" for s in range(1, 6) for x in [*methods, "fdpo fdpo 0.5 0.1", *small, *(f"tdpo2-alpha={a} tdpo2 {float(a)} 0.1" for a in ("1.5", "2", "5"))]]
-    expected += [f"out/imdb/{s}-{x} {s}" for s in (1, 2) for x in methods + small] + ["out/imdb-sft sft 0.5 0.1 1", "out/hh-sft sft 0.5 0.1 1"]
+    expected += [f"out/imdb/{s}-{x} {s}" for s in (1, 2) for x in methods + small] + ["out/imdb/sft sft 0.5 0.1 1", "out/hh/sft sft 0.5 0.1 1"]
     expected += [f"out/hh/{x} 1" for x in [*methods, "fdpo fdpo 0.5 0.03", "tdpo2 tdpo2 0.5 0.1"]]
     assert sorted(trained) == sorted(expected)
-    assert sorted(again) == sorted(x for x in expected if " tdpo1 " in x)
+    assert sorted(again) == sorted(x for x in expected if " tdpo1 " in x and "imdb" not in x)
     assert [len([x for x in calls if x[0] == "sample.py"]) for calls in passes] == [4, 0]
 
 
@@ -1416,7 +1418,7 @@ def test_readme_names_options_that_exist():
     readme = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
     source = "".join(open(os.path.join(HERE, f), encoding="utf-8").read() for f in ("sample.py", "eval_imdb.py", "test_tdpo.py"))
     known = set(train.configure(["--out_dir=out/x"])) | set(re.findall(r'add_argument\("--(\w+)"', source)) | {"help", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint",
-                                                                                                  "judge", "model_outputs", "reference_outputs"}
+                                                                                                  "judge", "mode", "baseline", "model_outputs", "reference_outputs"}
     named = set(re.findall(r"--(\w+)", readme))
     assert named <= known and len(named) > 15, named - known
     assert len(readme.splitlines()) <= 250
