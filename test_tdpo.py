@@ -720,6 +720,8 @@ def test_the_readmes_tables_are_those_of_the_assets():
     for name, levels in (("reviews", [0.3, 1, 2]), ("imdb", [1, 2, 3])):
         path = os.path.join(HERE, "assets", name + ".json")
         assert "\n".join(eval_imdb.table(json.load(open(path)), levels)) in readme and os.path.getsize(path) < 300 * 1024
+    elsewhere = {r["label"]: "{:.3f} ± {:.3f}".format(*eval_imdb.interval([r["reward"]], [r["reward_se"]])) for r in json.load(open(os.path.join(HERE, "assets", "grpo.json")))}
+    assert "gives reward {trl-grpo} at KL".format(**elsewhere) in readme and "beside {dpo} at".format(**elsewhere) in readme and elsewhere["tdpo2 α=0.5"] in readme
     for line in eval_imdb.preference_table(json.load(open(os.path.join(HERE, "assets", "hh.json"))))[2:]:        # the README has the paper's columns before ours
         method, ours = line.split(" | ", 1)
         assert any(x.startswith(method + " | ") and x.endswith(" | " + ours) for x in readme.splitlines()), line
