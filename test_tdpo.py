@@ -1419,8 +1419,8 @@ def test_a_run_is_not_overwritten_and_a_non_finite_loss_stops(runs):
 def test_readme_names_options_that_exist():
     readme = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
     source = "".join(open(os.path.join(HERE, f), encoding="utf-8").read() for f in ("sample.py", "eval_imdb.py", "test_tdpo.py"))
-    known = set(train.configure(["--out_dir=out/x"])) | set(re.findall(r'add_argument\("--(\w+)"', source)) | {"help", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint",
-                                                                                                  "judge", "mode", "baseline", "model_outputs", "reference_outputs"}
+    others = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "judge", "mode", "baseline", "model_outputs", "reference_outputs"}     # torchrun's and the judges'
+    known = set(train.configure(["--out_dir=out/x"])) | set(re.findall(r'add_argument\("--(\w+)"', source)) | {"help"} | others
     named = set(re.findall(r"--(\w+)", readme))
     assert named <= known and len(named) > 15, named - known
     assert len(readme.splitlines()) <= 250
