@@ -1,8 +1,7 @@
 """Preference-tune a causal language model with TDPO, TDPO2, DPO or f-DPO, or fine-tune it first (SFT). One flat loop.
 
-    python train.py --method=tdpo2 --alpha=0.5                          # the embedded task: no download, no GPU, two minutes
-    python train.py --method=dpo                                        # the same with plain DPO
-    python train.py --data=imdb                                         # the paper's sentiment experiment (a GPU and the hub)
+    python train.py --method=tdpo2 --alpha=0.5                          # the embedded task: no download, no GPU
+    python train.py --data=imdb                                         # the paper's sentiment experiment (GPU, hub)
     python train.py --method=sft --data=hh --init_from=EleutherAI/pythia-2.8b --out_dir=out/hh-sft
     python train.py --method=tdpo2 --data=hh --init_from=out/hh-sft
     python train.py --data=pairs.jsonl --init_from=DIR                  # your own pairs: prompt, chosen, rejected
@@ -10,31 +9,60 @@
 
 Paper: Token-level Direct Preference Optimization, Zeng et al., ICML 2024, arXiv:2404.11999. The loss is in tdpo.py.
 """
-import argparse
+# Memory on a CPU, set before torch is there: huge pages for its large buffers, few of oneDNN's kernels for each length
+# of a row; and glibc keeps freed buffers, as fresh pages at every step cost a third of the embedded task's time.
 import ctypes
-import difflib
+import os
+import sys
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+    ctypes.CDLL(None).mallopt(-1, 2**31 - 1)        # M_TRIM_THRESHOLD
+    ctypes.CDLL(None).mallopt(-3, 2**27)            # M_MMAP_THRESHOLD
+
+import argparse
+import datetime
 import fcntl
 import functools
+import glob
+import hashlib
 import importlib.util
 import json
 import math
-import os
 import re
+import resource
+import shutil
 import signal
 import subprocess
-import sys
 import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from tqdm import tqdm
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+import eval_imdb
+from sample import DEVICES, chat, encode_prompt, load_model, load_reference, parse
+from tdpo import fused_sft_loss, fused_tdpo_loss
 
 # -----------------------------------------------------------------------------
 # the objective
 method = "tdpo2"            # sft, dpo, fdpo, tdpo1 or tdpo2
 alpha = 0.5                 # weight of the sequential KL in tdpo2, Eq. 17
-beta = 0.1                  # strength of the tie to the reference; fdpo wants far less (0.03 on HH, 1e-5 on IMDb)
+beta = 0.1                  # tie to the reference; fdpo wants far less (0.03 on HH, 1e-5 on IMDb)
 # data
-data = "reviews"            # reviews (embedded), imdb, hh, or a .jsonl/.json/.parquet/.csv file or hub dataset with prompt, chosen, rejected
-eval_data = ""              # held-out pairs in the same forms; default: a tenth of the prompts, or the test split of hh
+data = "reviews"            # reviews (embedded), imdb, hh, a .jsonl/.json/.parquet/.csv file of pairs, or a hub dataset
+eval_data = ""              # held-out pairs in the same forms; default: a tenth of the prompts, or hh's test split
 eval_pairs = 512            # at most so many of them are evaluated
-strict = False              # one bad row ends the run; otherwise up to 1 % are left out and counted
+bad_rows = 0.01             # the largest share of rows that may be left out as unusable; 0 for none
 max_length = 512            # tokens of a prompt and one response
 max_prompt_length = 256     # tokens a prompt is cut to where max_length is exceeded
 truncation = "left"         # the side on which such a prompt loses tokens: left or right
@@ -43,7 +71,7 @@ init_from = ""              # the policy's start: a directory or hub id; scratch
 ref_from = ""               # the reference; default: a frozen copy of init_from
 # the sentiment task (reviews, imdb): how its pairs are made
 texts = "stanfordnlp/imdb"  # reviews for imdb: a hub id, or a .parquet/.jsonl file with text and split (train, test)
-reward = "siebert/sentiment-roberta-large-english"  # a text-classification model (directory or hub id), or exact, the embedded task's
+reward = "siebert/sentiment-roberta-large-english"  # a text-classification model, or exact, the embedded task's
 train_prefixes = 4096       # beginnings of training reviews that are completed
 eval_prefixes = 256         # beginnings of test reviews that are completed at every evaluation
 completions = 4             # samples for each training prefix; every two make a pair
@@ -52,7 +80,7 @@ min_score_gap = 0.1         # pairs whose rewards differ by no more are dropped
 # optimization (the paper's values)
 max_steps = 0               # 0 is one pass over the pairs
 batch_size = 64             # pairs a step
-micro_tokens = 0            # tokens a forward pass; 0 is 8192 on cuda, 1024 elsewhere; changes no result; lower it when memory runs out
+micro_tokens = 0            # tokens a forward pass; 0 is 8192 on cuda, 1024 elsewhere; changes no result, but memory
 optimizer = "rmsprop"       # rmsprop or adamw
 learning_rate = 5e-6        # constant after the warm-up
 warmup_steps = 150          # linear
@@ -71,133 +99,561 @@ dtype = "auto"              # auto (bfloat16 on cuda, else float32), bfloat16 (a
 compile = "auto"            # torch.compile the model: auto (on cuda), True or False
 # -----------------------------------------------------------------------------
 
-METHODS = ("sft", "dpo", "fdpo", "tdpo1", "tdpo2")
-TASKS = ("reviews", "imdb")
-PRESETS = {     # what a task sets in place of the defaults above; an explicit option wins over either
-    "reviews": dict(init_from="scratch", reward="exact", texts="", max_length=112, max_prompt_length=16, max_new_tokens=96, train_prefixes=256, micro_tokens=8192,
-                    max_steps=250, learning_rate=1e-4, warmup_steps=20, eval_interval=50, save_interval=0, log_interval=10, device="cpu"),
-    "reviews sft": dict(max_length=128, max_steps=300, optimizer="adamw", learning_rate=3e-3, grad_clip=1.0, eval_interval=100, log_interval=50),
-    "imdb": dict(init_from="insub/gpt2-large-IMDb-fine-tuned", max_length=128, max_prompt_length=32),
-    "imdb sft": dict(init_from="gpt2-large", learning_rate=1e-5),
+CHOICES = {
+    "method": ("sft", "dpo", "fdpo", "tdpo1", "tdpo2"),
+    "truncation": ("left", "right"),
+    "optimizer": ("rmsprop", "adamw"),
+    "device": ("auto", "cuda", "mps", "cpu"),
+    "dtype": ("auto", "bfloat16", "float32"),
+    "compile": ("auto", "True", "False"),
 }
-CHANGEABLE = {"resume", "max_steps", "eval_interval", "save_interval", "log_interval", "wandb_log", "micro_tokens", "device", "compile", "out_dir"}
+# what a task sets in place of the defaults above; an explicit option wins over either
+PRESETS = {
+    "reviews": {
+        "init_from": "scratch", "reward": "exact", "texts": "", "device": "cpu",
+        "max_length": 112, "max_prompt_length": 16, "max_new_tokens": 96, "train_prefixes": 256, "micro_tokens": 8192,
+        "max_steps": 120, "learning_rate": 1e-4, "warmup_steps": 20,
+        "eval_interval": 40, "save_interval": 0, "log_interval": 10,
+    },
+    "reviews sft": {
+        "max_length": 128, "max_steps": 200, "optimizer": "adamw", "learning_rate": 3e-3, "grad_clip": 1.0,
+        "eval_interval": 100, "log_interval": 50,
+    },
+    "imdb": {"init_from": "insub/gpt2-large-IMDb-fine-tuned", "max_length": 128, "max_prompt_length": 32},
+    "imdb sft": {"init_from": "gpt2-large", "learning_rate": 1e-5},
+}
+# what a resumed run may change
+CHANGEABLE = ("resume", "overwrite", "max_steps", "eval_interval", "save_interval", "log_interval", "wandb_log",
+              "micro_tokens", "device", "compile", "out_dir")
+# dense bf16 FLOP/s by NVIDIA's data sheets, for MFU
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12}
 
 
 def configure(argv):
-    """The run's options: the globals above, then the task's presets, then --key=value. All mistakes in one message, exit code 2."""
-    knobs = dict(re.findall(r"^(\w+) = .*?  +# (.*)$", open(__file__, encoding="utf-8").read().split("# ---------")[1], re.M))
-    defaults, wrong = {name: globals()[name] for name in knobs}, []
-    presets = "\n".join(f"{name}: " + ", ".join(f"{k}={v}" for k, v in values.items()) for name, values in PRESETS.items())
-    parser = argparse.ArgumentParser(usage="python train.py [--key=value ...]", description=__doc__, allow_abbrev=False, exit_on_error=False,
-                                     epilog="in place of these defaults, by --data and --method:\n" + presets, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The run's options: the globals above, then the task's presets, then --key=value; of a resumed run its own.
+    A mistake ends the program with one sentence and exit code 2."""
+    knobs = open(__file__, encoding="utf-8").read().split("# ---------")[1]
+    knobs = dict(re.findall(r"^(\w+) = .*?  +# (.*)$", knobs, re.M))
+    defaults = {name: globals()[name] for name in knobs}
+    presets = "\n".join(f"{name}: {preset}" for name, preset in PRESETS.items())
+    parser = argparse.ArgumentParser(usage="python train.py [--key=value ...]", description=__doc__, allow_abbrev=False,
+                                     epilog=f"in place of these defaults, by --data and --method:\n{presets}",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, comment in knobs.items():
-        flag = dict(nargs="?", const="True") if isinstance(defaults[name], bool) else {}
-        parser.add_argument("--" + name, metavar="", help=f"{comment} [{defaults[name]}]".replace("%", "%%"), **flag)
-    try:
-        args, unknown = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        args, unknown, wrong = argparse.Namespace(), [], [f"{error.argument_name}: {error.message}"]
-    near = lambda word, names, cutoff=0.6: "".join(f"; did you mean {x}?" for x in difflib.get_close_matches(word, names, 1, cutoff))
-    wrong += [f"unknown option {word}{near(word.split('=')[0], ['--' + x for x in knobs], 0)} (--help lists them all, written --key=value)" for word in unknown]
-    given = {}
-    for name, text in vars(args).items():
-        kind = type(defaults[name])
-        try:
-            if text is not None and text.encode() is not None:          # half a surrogate pair cannot be encoded, a ValueError
-                given[name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-                if kind is float and not math.isfinite(given[name]):
-                    raise ValueError
-        except (ValueError, KeyError):
-            wrong.append(f"--{name}={text}: expected {'True or False' if kind is bool else 'a whole number' if kind is int else 'a number' if kind is float else 'UTF-8 text'}")
-            given.pop(name, None)
+        kind, choices = type(defaults[name]), CHOICES.get(name)
+        if kind is bool:
+            kind, choices = str, ("True", "False")
+        parser.add_argument("--" + name, type=kind, choices=choices, metavar="", default=argparse.SUPPRESS,
+                            help=f"{comment} [{defaults[name]}]".replace("%", "%%"))
+    given = vars(parse(parser, argv))
+    for name in given:
+        if type(defaults[name]) is bool:
+            given[name] = given[name] == "True"
 
-    # presets, and the options of a run to be resumed
+    # the task's presets, or the options of the run that is resumed
     c = argparse.Namespace(**{**defaults, **given})
-    preset = {**PRESETS.get(c.data, {}), **(PRESETS.get(f"{c.data} sft", {}) if c.method == "sft" else {})}
-    folder = os.path.normpath(c.out_dir or f"out/{os.path.splitext(os.path.basename(c.data))[0]}-{c.method}")
+    preset = PRESETS.get(c.data, {})
+    if c.method == "sft":
+        preset = {**preset, **PRESETS.get(c.data + " sft", {})}
+    stem = os.path.splitext(os.path.basename(c.data))[0]
+    folder = os.path.normpath(c.out_dir or f"out/{stem}-{c.method}")
+    changed = []
     if c.resume:
         try:
-            preset = {**json.load(open(os.path.join(folder, "options.json"), encoding="utf-8")), "resume": True, "overwrite": False}
-            wrong += [f"--resume=True: {folder}/options.json is another version's: it says {name}={preset.pop(name, 'nothing')}; start again with --overwrite=True"
-                      for name in {**preset, **defaults} if type(preset.get(name)) is not type(defaults.get(name))]
-        except (OSError, ValueError, TypeError, AttributeError):
-            wrong.append(f"--resume=True: {folder} holds no run, or its options.json cannot be read; name the --out_dir of a run")
-        wrong += [f"--{name}={value} would change the run in {folder}, which has {preset[name]}; leave it out, or start another --out_dir"
-                  for name, value in given.items() if name in preset and value != preset[name] and name not in CHANGEABLE]
-    c = argparse.Namespace(**{name: {**defaults, **preset, **given}[name] for name in knobs})
-    c.out_dir = folder
+            preset = json.load(open(os.path.join(folder, "options.json"), encoding="utf-8"))
+            if {name: type(x) for name, x in preset.items()} != {name: type(x) for name, x in defaults.items()}:
+                raise ValueError("options.json is another version's")
+        except (OSError, ValueError, AttributeError) as error:
+            parser.error(f"--resume=True: {folder} holds no run that can go on: {error}")
+        preset.update(resume=True, overwrite=False)
+        changed = [name for name in given if name not in CHANGEABLE and given[name] != preset[name]]
+    c = argparse.Namespace(**{**defaults, **preset, **given, "out_dir": folder})
 
-    # the values one by one
-    for name, allowed in dict(method=METHODS, truncation=("left", "right"), optimizer=("rmsprop", "adamw"), dtype=("auto", "bfloat16", "float32"),
-                              compile=("auto", "True", "False"), device=("auto", "cuda", "mps", "cpu")).items():
-        if getattr(c, name) not in allowed:
-            wrong.append(f"--{name}={getattr(c, name)}: it is one of {', '.join(allowed)}{near(getattr(c, name), allowed)}")
-    for name, least in dict(alpha=0, min_score_gap=0, micro_tokens=0, max_steps=0, warmup_steps=0, grad_clip=0, eval_interval=0, save_interval=0, seed=0, log_interval=1,
-                            eval_pairs=1, batch_size=1, max_prompt_length=1, train_prefixes=1, max_new_tokens=1, eval_prefixes=2,
-                            completions=2, max_length=2).items():
-        if not least <= getattr(c, name) < 2**63:
-            wrong.append(f"--{name}={getattr(c, name)}: it must be at least {least}, and less than 2^63")
-    wrong += [f"--{name}={getattr(c, name)}: it must be greater than 0" for name in ("beta", "learning_rate") if getattr(c, name) <= 0]
-    wrong += [f"--max_prompt_length={c.max_prompt_length} leaves no room for a response within --max_length={c.max_length}"] * (c.max_prompt_length >= c.max_length)
-    for name, known in (("data", (*TASKS, "hh")), ("eval_data", ("", "hh"))):
-        source, is_file = getattr(c, name), getattr(c, name).endswith((".jsonl", ".json", ".parquet", ".csv"))
-        if source not in known and not (os.path.isfile(source) if is_file else re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not os.path.exists(source)):
-            wrong.append(f"--{name}={source}: {'no such file' if is_file else 'unknown data'}; it is {', '.join(filter(None, known))}, a .jsonl, .json, "
-                         f".parquet or .csv file, or a hub id (owner/name){near(source, known)}")
+    # options that would be ignored, and values out of range
+    task, sft = c.data in eval_imdb.TASKS, c.method == "sft"
+    users = {
+        "alpha": c.method == "tdpo2",
+        "beta ref_from": not sft,
+        "texts": c.data == "imdb",
+        "eval_data bad_rows": not task,
+        "max_prompt_length truncation": not (task and sft),
+        "reward train_prefixes eval_prefixes completions max_new_tokens min_score_gap": task and not sft,
+    }
+    ignored = [name for names, used in users.items() for name in names.split() if name in given and not used]
+    least = dict(batch_size=1, eval_pairs=1, max_prompt_length=1, train_prefixes=1, max_new_tokens=1, log_interval=1,
+                 completions=2, eval_prefixes=2, beta=1e-30, learning_rate=1e-30)
+    wrong = [name for name, x in vars(c).items() if type(x) in (int, float) and not least.get(name, 0) <= x < 2**63]
 
     # what belongs together
-    task, sft = c.data in TASKS, c.method == "sft"
-    for names, used, by in (("alpha", c.method == "tdpo2", "--method=tdpo2"), ("beta ref_from", not sft, "preference methods"),
-                            ("texts", c.data == "imdb", "--data=imdb"), ("max_prompt_length truncation", not (task and sft), "pairs, not by whole texts"),
-                            ("reward train_prefixes eval_prefixes completions max_new_tokens min_score_gap", task and not sft,
-                             "preference methods on reviews and imdb"), ("strict eval_data", not task or c.eval_data, "pairs from files and the hub")):
-        wrong += [f"--{name} would be ignored: it is used by {by}" for name in names.split() if name in given and not used]
-    for name in ("init_from", "ref_from", "reward", "texts"):
-        path = getattr(c, name)         # a directory, a file, or owner/name on the hub; what looks like a path has to be there
-        if path and not os.path.exists(path) and not re.fullmatch(r"(?!out/)\w[\w.-]*(/[\w.-]+)?(?<!\.parquet)(?<!\.jsonl)", path):
-            wrong.append(f"--{name}={path}: no such file or directory")
-    wrong += [f"--data={c.data} needs a model: --init_from=DIRECTORY or a hub id"] * (not c.init_from)
-    wrong += ["scratch is the tiny untrained model of --data=reviews and knows its words alone; name a directory or a hub id"] * (
-        c.init_from == "scratch" and c.data != "reviews" or c.ref_from == "scratch")
-    wrong += ["--wandb_log=True: wandb is not installed; pip install wandb, or leave it out"] * (c.wandb_log and not importlib.util.find_spec("wandb"))
-    if os.path.isdir(folder) and any(os.path.exists(x) and os.path.samefile(x, folder) for x in (c.init_from, c.ref_from)):
-        wrong.append(f"--out_dir={folder} is a model that the run starts from; name another")
-    elif not (c.resume or c.overwrite) and any(os.path.exists(os.path.join(folder, f)) for f in ("options.json", "log.jsonl", "config.json")):
-        wrong.append(f"--out_dir={folder} holds another run: --resume=True continues it, --overwrite=True replaces it, another --out_dir keeps it")
-    wrong += ["--resume=True and --overwrite=True contradict each other"] * (c.resume and c.overwrite)
-    if wrong and os.environ.get("RANK", "0") == "0":        # of many processes the first speaks for all, and is the one that has the files
-        print("error: " + "\nerror: ".join(wrong), file=sys.stderr)
-        sys.exit(2)
+    starts = [path for path in (c.init_from, c.ref_from) if os.path.isdir(path) and os.path.isdir(folder)]
+    holds = any(os.path.exists(os.path.join(folder, x)) for x in ("options.json", "state.pt", "config.json"))
+    for fails, message in (
+        (changed, f"--{' --'.join(changed)} would change the run in {folder}; leave it out, or name another --out_dir"),
+        (ignored, f"--{' --'.join(ignored)} would be ignored with --method={c.method} --data={c.data}"),
+        (wrong, f"--{' --'.join(wrong)}: too small, or not finite"),
+        (c.max_prompt_length >= c.max_length, "--max_prompt_length leaves no room for a response within --max_length"),
+        (not c.init_from, f"--data={c.data} needs a model: --init_from=DIRECTORY or a hub id"),
+        (c.init_from == "scratch" and c.data != "reviews", "scratch is the untrained model of --data=reviews"),
+        (c.wandb_log and not importlib.util.find_spec("wandb"), "--wandb_log=True: pip install wandb, or leave it out"),
+        (any(os.path.samefile(x, folder) for x in starts), f"--out_dir={folder} is a model that the run starts from"),
+        (c.resume and c.overwrite, "--resume=True and --overwrite=True contradict each other"),
+        (holds and not c.resume and not c.overwrite, f"--out_dir={folder} holds another run: --resume=True continues "
+         "it, --overwrite=True replaces it, another --out_dir keeps it"),
+    ):
+        if fails:
+            parser.error(message)
     return vars(c)
 
 
-if __name__ == "__main__":      # before the imports below, so that a typing mistake costs no time
-    os.environ.get("WORLD_SIZE") or os.environ.pop("RANK", None)        # torchrun sets both
-    options = configure(sys.argv[1:])
-    if os.environ.get("RANK", "0") == "0":
-        try:                    # one run a directory: the lock lasts as long as this process, however it ends
-            os.makedirs(options["out_dir"], exist_ok=True)
-            fcntl.flock(lock := open(os.path.join(options["out_dir"], ".lock"), "w"), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            sys.exit(f"error: --out_dir={options['out_dir']}: " + ("another run is at work in it; name another directory, or wait" if isinstance(error, BlockingIOError)
-                     else f"{error.strerror}; name a directory that can be written"))
-        options = configure(sys.argv[1:])       # again, as a run may have come and gone before the lock was ours
-    globals().update(options)
+# -----------------------------------------------------------------------------
+# own data: rows, then text, then tokens
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # torch on a CPU asks for huge pages: its large buffers are new in every pass
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")     # of its kernels for each length of a row and a pair, 1024 would fill memory bit by bit
-import numpy as np
-import torch
-import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-from torch.distributed.fsdp import register_fsdp_forward_method
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
-import eval_imdb
-from sample import (DEVICES, autocast, best_row, choose_attention, collate, fingerprint, from_rank_0, join_processes, load_model, load_reference, load_state, output_weight, pack,
-                    response_states, save, shard, size, total)
-from tdpo import fused_sft_loss, fused_tdpo_loss, margin
+def read_rows(source, split):
+    """[(where, row)] of a .jsonl, .json, .parquet or .csv file, or of a hub dataset's split. A row is a dict, or a str
+    that says what is wrong with it. A source that cannot be read ends the program with one sentence."""
+    kind = os.path.splitext(source)[1][1:]
+    try:
+        if kind != "jsonl":
+            from datasets import load_dataset
+            if kind in ("json", "parquet", "csv"):
+                table = load_dataset(kind, data_files=glob.escape(source), split="train")
+            else:
+                table = load_dataset(source, split=split)
+            return [(f"{source} row {n}", row) for n, row in enumerate(table, 1)]
+        lines = open(source, "rb").readlines()
+    except Exception as error:      # datasets wraps what its readers raise: the last cause is the one that tells
+        while error.__cause__:
+            error = error.__cause__
+        sys.exit(f"error: cannot read {source}: {error}; data is reviews, imdb, hh, a .jsonl, .json, .parquet or .csv "
+                 "file, or a hub id".replace("\n", " "))
+
+    # line by line, so that a bad line has a number and costs only itself
+    rows = []
+    for n, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line.decode("utf-8-sig").strip() or "{}")
+            if not isinstance(row, dict):
+                row = "is not a JSON object"
+        except (ValueError, RecursionError) as error:
+            row = f"is not JSON: {error}"
+        if row:
+            rows.append((f"{source} line {n}", row))
+    return rows
+
+
+def render(row, tokenizer):
+    """(prompt, chosen, rejected) as text, of a row of plain strings, of chat messages, or of two HH transcripts.
+    ValueError: what is wrong with the row."""
+    if isinstance(row, str):
+        raise ValueError(row)
+    prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
+    turn = "\n\nAssistant:"
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        prompt, chosen, rejected = render_messages(prompt, chosen, rejected, tokenizer)
+    elif prompt is None and turn in str(chosen):
+        prompt = chosen[:chosen.rindex(turn) + len(turn)]
+        if not str(rejected).startswith(prompt):
+            raise ValueError("has two transcripts that differ before the last assistant turn")
+        chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]
+    for name, text in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+        if not isinstance(text, str):
+            raise ValueError(f"has no text in {name!r}; its columns are {', '.join(map(str, row))}")
+        if name != "prompt" and not text.strip():
+            raise ValueError(f"has an empty {name!r}")
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise ValueError(f"has half a surrogate pair in {name!r}, which is no text")
+    if chosen == rejected:
+        raise ValueError("has identical responses")
+    return prompt, chosen, rejected
+
+
+def render_messages(prompt, chosen, rejected, tokenizer):
+    """The same of chat messages, through the model's template; the prompt is what both conversations begin with."""
+    if isinstance(prompt, str) and not any(m.get("role") == "user" for m in chosen if isinstance(m, dict)):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(prompt, list):
+        chosen, rejected = prompt + chosen, prompt + rejected
+    shared = 0
+    while chosen[shared:] and rejected[shared:] and chosen[shared] == rejected[shared]:
+        shared += 1
+    if not chosen[shared:] or not rejected[shared:]:
+        raise ValueError("has identical or empty responses")
+    prompt = chat(tokenizer, chosen[:shared])
+    responses = []
+    for messages in (chosen, rejected):
+        text = chat(tokenizer, messages, generation_prompt=False)
+        if not text.startswith(prompt):
+            raise ValueError("has a response that, in the chat template, does not continue the prompt")
+        text = text[len(prompt):]
+        # it comes back when the response is tokenized
+        if tokenizer.eos_token in text:
+            text = text.rpartition(tokenizer.eos_token)[0]
+        responses.append(text)
+    return prompt, *responses
+
+
+def read_pairs(source, tokenizer, split, bad_rows):
+    """[(where, prompt, chosen, rejected)] of a source. Bad rows are counted; more than this share ends the program."""
+    rows = read_rows("Anthropic/hh-rlhf" if source == "hh" else source, split)
+    pairs, bad = [], []
+    for where, row in tqdm(rows, desc="reading", leave=False, disable=None):
+        try:
+            pairs.append((where, *render(row, tokenizer)))
+        except ValueError as error:
+            bad.append(f"{where} {error}")
+    found = f"{source}: {len(bad)} bad rows of {len(rows)}, a share of --bad_rows={bad_rows:g} may be left out: "
+    found += "; ".join(bad[:3])
+    if len(bad) > bad_rows * len(rows) or not pairs:
+        sys.exit(f"error: {found}. A row is a prompt, a chosen and another, rejected response, as text or as messages")
+    if bad:
+        print(found)
+    return pairs
+
+
+def hold_out(pairs, eval_pairs, seed):
+    """(pairs to train on, held-out pairs): those of a tenth of the prompts, so that no prompt is in both."""
+    prompts = sorted({pair[1] for pair in pairs})
+    count = max(1, min(eval_pairs, len(prompts) // 10))
+    held = {prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))[:count]}
+    if len(held) == len(prompts):
+        sys.exit("error: all pairs share one prompt, so none can be held out; name held-out pairs with --eval_data")
+    return [pair for pair in pairs if pair[1] not in held], [pair for pair in pairs if pair[1] in held]
+
+
+def tokenize(pairs, tokenizer, max_length, max_prompt_length, truncation):
+    """([(prompt, chosen, rejected) token ids], where they are from, number truncated). EOS ends each response.
+
+    As in DPO, a pair over max_length first loses prompt, down to max_prompt_length, then the ends of its responses; one
+    whose responses then no longer differ is left out.
+    """
+    examples, names, truncated = [], [], 0
+    for where, prompt, *responses in tqdm(pairs, desc="tokenizing", leave=False, disable=None):
+        prompt = encode_prompt(tokenizer, prompt)
+        chosen, rejected = (tokenizer(x, add_special_tokens=False)["input_ids"] for x in responses)
+        chosen.append(tokenizer.eos_token_id)
+        rejected.append(tokenizer.eos_token_id)
+        if len(prompt) + max(len(chosen), len(rejected)) > max_length:
+            truncated += 1
+            prompt = prompt[-max_prompt_length:] if truncation == "left" else prompt[:max_prompt_length]
+            room = max_length - len(prompt)
+            chosen, rejected = chosen[:room], rejected[:room]
+        if chosen != rejected:
+            examples.append((prompt, chosen, rejected))
+            names.append(where)
+    return examples, names, truncated
+
+
+def tokenize_texts(texts, tokenizer, max_length):
+    """Whole texts for SFT in the same form: the first token is the prompt, nothing is rejected."""
+    examples = []
+    for text in tqdm(texts, desc="tokenizing", leave=False, disable=None):
+        ids = (encode_prompt(tokenizer, text) + [tokenizer.eos_token_id])[:max_length]
+        examples.append((ids[:1], ids[1:], []))
+    return examples, [f"text {n}" for n in range(len(examples))], 0
+
+
+def fingerprint(examples, model):
+    """A short hash of examples (token ids) and of a model's weights (every thousandth)."""
+    digest = hashlib.sha256(repr(examples).encode())
+    for p in model.parameters():
+        digest.update(p.detach().flatten()[::1000].contiguous().float().cpu().numpy())
+    return digest.hexdigest()[:16]
+
+
+# -----------------------------------------------------------------------------
+# rows: several whole pairs in one row, each with its prompt once; a row is what a forward pass takes
+#
+#     ids        P0 P1 P2  W0 W1 W2  L0 L1   P0 P1  W0  L0 L1   .  .      prompts P, chosen W, rejected L, padding
+#     position    0  1  2   3  4  5   3  4    0  1   2   2  3   0  0      both responses continue the prompt
+#     pair        0  0  0   0  0  0   0  0    1  1   1   1  1  -1 -1
+#     part        0  0  0   1  1  1   2  2    0  0   1   2  2   0  0
+#
+# P2 predicts W0 and L0, W0 predicts W1 and so on; the last tokens, here W3 and L2, are labels alone
+
+
+def size(example):
+    """Tokens of an example in a row: all but the last of each response."""
+    prompt, chosen, rejected = example
+    return len(prompt) + max(0, len(chosen) - 1) + max(0, len(rejected) - 1)
+
+
+def pack(lengths, row_length):
+    """Rows (lists of indices) whose lengths sum to at most row_length: first fit, longest first."""
+    rows, free = [], []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fitting = [r for r, space in enumerate(free) if space >= lengths[i]]
+        if not fitting:
+            fitting = [len(rows)]
+            rows.append([])
+            free.append(row_length)
+        rows[fitting[0]].append(i)
+        free[fitting[0]] -= lengths[i]
+    return rows
+
+
+def collate(examples, length=0, device="cpu", attention="pairs"):
+    """A row of whole pairs, padded to length, on the device: ids and position (1, L); for the N response tokens source
+    (index of the token that predicts it), labels and, on the CPU, pair and chosen; attention: the model's arguments."""
+    ids, position, row_pair, part = [], [], [], []
+    source, labels, pair, chosen = [], [], [], []
+    for n, (prompt, *responses) in enumerate(examples):
+        ids += prompt
+        position += range(len(prompt))
+        row_pair += [n] * size(examples[n])
+        part += [0] * len(prompt)
+        last = len(ids) - 1
+        for k, response in enumerate(responses, 1):
+            if not response:                # SFT has no rejected one
+                continue
+            source += [last, *range(len(ids), len(ids) + len(response) - 1)]
+            labels += response
+            pair += [n] * len(response)
+            chosen += [k == 1] * len(response)
+            ids += response[:-1]
+            position += range(len(prompt), len(prompt) + len(response) - 1)
+            part += [k] * (len(response) - 1)
+    padding = max(0, length - len(ids))
+    row_pair += [-1] * padding
+    columns = [ids + [0] * padding, position + [0] * padding, row_pair, part + [0] * padding, source, labels]
+
+    # pinned, or the copy may wait for what the device is doing
+    pin = torch.device(device).type == "cuda"
+    columns = [torch.tensor(x, pin_memory=pin).to(device, non_blocking=pin) for x in columns]
+    ids, position, row_pair, part, source, labels = columns
+    arguments = attention_arguments(row_pair, part, [size(example) for example in examples], attention)
+    return dict(ids=ids[None], position=position[None], source=source, labels=labels, pair=torch.tensor(pair),
+                chosen=torch.tensor(chosen), attention=arguments)
+
+
+def sees(q, k, pair, part):
+    """Whether the token at q attends to the one at k, both indices of a row: to itself and to what is before it in its
+    own pair, the prompt (part 0) and its own response (1 chosen, 2 rejected)."""
+    return (k <= q) & (pair[k] == pair[q]) & ((part[k] == 0) | (part[k] == part[q]))
+
+
+def additive_mask(pair, part):
+    """`sees` as (L, L) floats to be added to attention scores: 0 where visible, the lowest number elsewhere."""
+    token = torch.arange(len(pair), device=pair.device)
+    hidden = ~sees(token[:, None], token, pair, part)
+    return torch.zeros(hidden.shape, device=pair.device).masked_fill(hidden, torch.finfo(torch.float32).min)
+
+
+def attention_arguments(pair, part, sizes, how):
+    """What a model takes in place of a padding mask: FlexAttention's block mask (flex), a mask for each pair (pairs),
+    or one for the row (mask), for models that take no registered attention function."""
+    if how == "mask":
+        return {"attention_mask": additive_mask(pair, part)[None, None]}
+    if how == "flex":
+        def mask(b, h, q, k):
+            return sees(q, k, pair, part)
+        layout = create_block_mask(mask, None, None, len(pair), len(pair), device=pair.device)
+    else:
+        layout = sizes, [additive_mask(*x) for x in zip(pair.split(sizes), part.split(sizes))], {}
+    # with a mask at hand, if only of one element, the model makes none of its own
+    return {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=pair.device), "layout": layout}
+
+
+def pair_attention(module, query, key, value, attention_mask, layout=None, scaling=None, **options):
+    """Attention for rows of pairs in any model that takes a registered function: (1, heads, L, D) -> (1, L, heads, D).
+
+    On a GPU FlexAttention skips the blocks that the mask leaves out. Elsewhere each pair attends by itself in plain
+    products, a fraction of the time of torch's flash kernel on the whole row. Without packed rows it is sdpa.
+    """
+    if options.get("softcap") is not None or options.get("s_aux") is not None:
+        raise ValueError("its attention has softcapping or sinks, which only its own implementation computes")
+    if layout is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    # rotary embeddings leave them in fp32 under autocast
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    if isinstance(layout, BlockMask):
+        return flex_attention_forward(module, query, key, value, layout, scaling=scaling, **options)
+
+    # the heads that share a key and value lie one under another; the first layer makes their masks
+    sizes, masks, ready = layout
+    heads, groups, width = query.shape[1], key.shape[1], query.shape[-1]
+    kind = value.dtype, heads // groups
+    if kind not in ready:
+        ready[kind] = [mask.to(value.dtype).repeat(heads // groups, 1) for mask in masks]
+    out = []
+    for q, k, v, mask in zip(query[0].split(sizes, 1), key[0].split(sizes, 1), value[0].split(sizes, 1), ready[kind]):
+        scores = torch.baddbmm(mask, q.reshape(groups, -1, width), k.mT, alpha=scaling or width**-0.5)
+        out.append((scores.softmax(-1) @ v).view(heads, -1, v.shape[-1]).transpose(0, 1))
+    return torch.cat(out)[None], None
+
+
+AttentionInterface.register("pair_attention", pair_attention)
+AttentionMaskInterface.register("pair_attention", sdpa_mask)
+
+
+def response_states(body, model, batch):
+    """Hidden states (N, d) that predict the response tokens, and a column of ones where the output layer has a bias."""
+    out = body(input_ids=batch["ids"], position_ids=batch["position"], use_cache=False, **batch["attention"])
+    hidden = out.last_hidden_state[0][batch["source"]]
+    if getattr(model.get_output_embeddings(), "bias", None) is None:
+        return hidden
+    return torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1)
+
+
+def output_weight(model):
+    """The output layer (V, d), its bias as one more column."""
+    layer = model.get_output_embeddings()
+    if getattr(layer, "bias", None) is None:
+        return layer.weight
+    return torch.cat([layer.weight, layer.bias[:, None]], 1)
+
+
+@torch.no_grad()
+def packing_error(model, examples, attention):
+    """What is wrong with rows of this model; "" where every response token gets the logits of its own sequence alone.
+
+    What a configuration tells is read there, as its effect on these examples may be small; the comparison catches what
+    nobody knows of: attention that ignores a mask, recurrent layers.
+    """
+    config = model.config.get_text_config()
+    longest = max(len(prompt) + max(map(len, responses)) - 1 for prompt, *responses in examples)
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1):
+            return f"its {name} of {getattr(config, name)} changes logits behind the output layer"
+    for name in ("sliding_window", "attention_chunk_size"):
+        if (getattr(config, name, None) or longest) < longest:
+            return f"its {name} of {getattr(config, name)} tokens is shorter than a prompt and response of {longest}"
+    length = 0
+    if attention != "pairs":
+        length = math.ceil(sum(map(size, examples)) / 128) * 128
+    try:
+        batch = collate(examples, length, model.device, attention)
+        packed = response_states(model.base_model, model, batch).float() @ output_weight(model).T.float()
+        alone = []
+        for prompt, *responses in examples:
+            for response in filter(None, responses):
+                ids = torch.tensor([prompt + response[:-1]], device=model.device)
+                alone.append(model(ids, use_cache=False).logits[0, len(prompt) - 1:].float())
+        alone = torch.cat(alone)
+        gap = ((packed - alone).abs().amax(1) / alone.std(1).clamp(min=1e-6)).max()
+    except Exception as error:      # models raise what they like at arguments that they do not know
+        return str(error).split("\n")[0]
+    if not gap < 1e-3:
+        return f"packed rows give other logits than separate sequences (off by {gap:.1g} standard deviations)"
+    return ""
+
+
+def choose_attention(models, examples, preferred):
+    """The preferred form of attention, or an additive mask where a model, {name: model}, takes no registered function.
+    Ends the program where neither is exact."""
+    for model in models.values():
+        model.set_attn_implementation("pair_attention")
+    for how in (preferred, "mask"):
+        errors = {name: packing_error(model, examples, how) for name, model in models.items()}
+        errors = {name: error for name, error in errors.items() if error}
+        if not errors:
+            return how
+    name, error = errors.popitem()
+    sys.exit(f"error: {name} ({type(models[name]).__name__}) cannot be trained exactly here: {error}. Scaled or "
+             "softcapped logits, recurrent layers and windows shorter than max_length are not supported")
+
+
+# -----------------------------------------------------------------------------
+# processes, checkpoint, log
+
+# the same for any number of processes
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+CHECKPOINT = ("state.pt", "config.json", "generation_config.json", "model*.safetensors*", "tokenizer*", "vocab.*",
+              "merges.txt", "special_tokens_map.json", "added_tokens.json", "*chat_template*", "samples.jsonl")
+
+
+def join_processes():
+    """(rank, number of processes) under torchrun, else (0, 1). Rank 0 alone prints and writes."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return 0, 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    # rank 0 may sample pairs for hours
+    dist.init_process_group(timeout=datetime.timedelta(days=1))
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def total(x):
+    """The sum of a tensor over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def shard(model, device, compiled):
+    """Spread a model over all processes, block by block (FSDP2), each block compiled where asked."""
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    for block in [m for m in model.modules() if type(m).__name__ in model._no_split_modules]:
+        if compiled:
+            block.compile(dynamic=False)
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def save(folder, model, tokenizer, optimizer, step, data):
+    """Write state.pt, which alone is the checkpoint, and the Hugging Face files, for everybody else. They are written
+    beside the old ones, then moved, state.pt first and at one stroke. All processes call it, rank 0 writes."""
+    weights, state = get_state_dict(model, optimizer, options=FULL)
+    if dist.is_initialized() and dist.get_rank():
+        return
+    # gathered apart, but one tensor in the file
+    for name, source in model.all_tied_weights_keys.items():
+        weights[name] = weights[source]
+    new = os.path.join(folder, ".saving")
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        os.makedirs(new)
+        torch.save(dict(step=step, data=data, weights=weights, optimizer=state), os.path.join(new, "state.pt"))
+        model.save_pretrained(new, state_dict=weights)
+        tokenizer.save_pretrained(new)
+        for path in glob.glob(glob.escape(new) + "/**", recursive=True):
+            # on the disk, should the machine fail
+            if os.path.isfile(path):
+                with open(path, "rb") as f:
+                    os.fsync(f.fileno())
+    except Exception as error:              # no space left, above all: safetensors and torch raise their own kinds
+        shutil.rmtree(new, ignore_errors=True)
+        sys.exit(f"error: step {step} could not be saved in {folder}: {error}. What was saved there before is whole: "
+                 "make room, and continue with --resume=True")
+    for name in sorted(os.listdir(new), key=lambda name: name != "state.pt"):
+        target = os.path.join(folder, name)
+        if os.path.isdir(target):
+            shutil.rmtree(target)
+        os.replace(os.path.join(new, name), target)
+    os.rmdir(new)
+
+
+def load_state(folder):
+    """{"step", "data", "weights", "optimizer"} of the checkpoint in folder. Ends the program where there is none."""
+    try:
+        state = torch.load(os.path.join(folder, "state.pt"), map_location="cpu", weights_only=True)
+        return {name: state[name] for name in ("step", "data", "weights", "optimizer")}
+    except Exception as error:      # missing, cut short, or no state at all: the unpickler raises what it likes
+        sys.exit(f"error: {folder} has no complete checkpoint ({type(error).__name__} in state.pt); start again with "
+                 "--overwrite=True")
+
+
+def start_log(folder, options, step, resume):
+    """The open log of a run, and its options.json. A resumed log keeps its lines up to the step; a new run removes the
+    checkpoint of the one that it replaces, so none ever lies beside another run's log."""
+    lines = []
+    if resume:
+        lines = [json.dumps(record) + "\n" for record in eval_imdb.read_log(folder, step)]
+    else:
+        for pattern in CHECKPOINT:
+            for path in glob.glob(os.path.join(glob.escape(folder), pattern)):
+                if os.path.isdir(path):
+                    shutil.rmtree(path)
+                else:
+                    os.remove(path)
+    for name, text in (("options.json", json.dumps(options, indent=1)), ("log.jsonl", "".join(lines))):
+        path = os.path.join(folder, name)
+        with open(path + ".new", "w", encoding="utf-8") as f:
+            f.write(text)
+        os.replace(path + ".new", path)
+    return open(path, "a", encoding="utf-8", buffering=1)
 
 
 # -----------------------------------------------------------------------------
@@ -214,236 +670,369 @@ def step_indices(step, batch_size, n, seed):
     return [int(permutation(n, seed, k // n)[k % n]) for k in range(step * batch_size, (step + 1) * batch_size)]
 
 
-def preference_metrics(stats, method, beta, alpha):
-    """What the log holds means of, a dict of (P,) tensors; stats as from tdpo_loss. acc compares log-ratios, the same for every method;
-    acc_loss is the method's own, margin > 0; the gaps are absolute differences."""
-    s = stats
-    m = margin(method, s["logratio_w"], s["logratio_l"], s["kl_w"], s["kl_l"], beta, alpha)
-    return {"loss": s["loss"], "acc": s["logratio_w"] > s["logratio_l"], "acc_loss": m > 0, "margin": m, **{name: s[name] for name in s if name != "loss"},
-            "kl_gap": (s["kl_l"] - s["kl_w"]).abs(), "rkl_gap": (s["rkl_l"] - s["rkl_w"]).abs()}
+def preference_metrics(stats):
+    """What the log holds means of, a dict of (P,) tensors; stats as from tdpo_loss. acc compares log-ratios, the same
+    for every method; acc_loss is the method's own, margin > 0; the gaps are absolute differences."""
+    metrics = dict(stats)
+    metrics["acc"] = stats["logratio_w"] > stats["logratio_l"]
+    metrics["acc_loss"] = stats["margin"] > 0
+    metrics["kl_gap"] = (stats["kl_l"] - stats["kl_w"]).abs()
+    metrics["rkl_gap"] = (stats["rkl_l"] - stats["rkl_w"]).abs()
+    return metrics
 
 
 def peak_gib(device):
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    import resource                 # ru_maxrss is in KiB on Linux, in bytes on macOS
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    # ru_maxrss is in bytes on macOS, in KiB on Linux
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 if __name__ == "__main__":
     # -------------------------------------------------------------------------
-    # processes and device
-    started, signals, (rank, world) = time.time(), [], join_processes(out_dir)
-    for number in (signal.SIGINT, signal.SIGTERM):      # until there is something to save; rank 0 ends its SFT run too
-        signal.signal(number, signal.SIG_DFL if rank else lambda n, _: sys.exit(128 + n))
-    globals().update(from_rank_0(options))              # which reads, prints and writes for all
-    sft, task = method == "sft", data in TASKS
-    device = DEVICES[0] if device == "auto" else device
+    # options, processes, device
+    started = time.time()
+    options = configure(sys.argv[1:])
+    globals().update(options)
+    rank, world = join_processes()
+    if rank == 0:
+        # one run a directory: the lock lasts as long as this process, however it ends
+        try:
+            os.makedirs(out_dir, exist_ok=True)
+            lock = open(os.path.join(out_dir, ".lock"), "w")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"error: --out_dir={out_dir}: another run is at work in it; name another directory, or wait")
+        except (OSError, ValueError) as error:
+            sys.exit(f"error: --out_dir={out_dir}: {error}; name a directory that can be written")
+    sft, task = method == "sft", data in eval_imdb.TASKS
+    if device == "auto":
+        device = DEVICES[0]
     if device not in DEVICES:
-        sys.exit(f"error: --device={device}: torch {torch.__version__} sees no such device here; --device=cpu works everywhere")
-    dtype = options["dtype"] = ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype
-    compile = compile == "True" or compile == "auto" and device == "cuda"
-    torch.manual_seed(seed)
+        sys.exit(f"error: --device={device}: torch {torch.__version__} sees none here; --device=cpu works anywhere")
+    if dtype == "auto":
+        dtype = options["dtype"] = "bfloat16" if device == "cuda" else "float32"
+    compiled = compile == "True" or compile == "auto" and device == "cuda"
 
     # -------------------------------------------------------------------------
-    # policy, reference, data
-    found = ref = score = state = None
-    if rank == 0:
-        if init_from == "scratch" and not sft:      # the embedded task trains its SFT model first, with this same file
-            init_from = options["init_from"] = os.path.join(os.path.dirname(out_dir), f"reviews-sft-{seed}")
-            if not os.path.exists(os.path.join(init_from, "config.json")):
-                command = ["--method=sft", f"--out_dir={init_from}-new", f"--seed={seed}", f"--device={device}", f"--dtype={dtype}", "--overwrite=True"]
-                print("the SFT model first: python train.py " + " ".join(command), flush=True)
-                if subprocess.run([sys.executable, __file__, *command], start_new_session=True, env={**os.environ, "RANK": "0", "WORLD_SIZE": "1"}).returncode:
-                    sys.exit("error: the SFT run failed")
-                os.rename(f"{init_from}-new", init_from)        # a model that was trained to its end
-        place = device if world == 1 or task else "cpu"         # one GPU may be too small for the whole model
-        model, tokenizer = eval_imdb.scratch_model(seed) if init_from == "scratch" else load_model(init_from, place)
-        model.to(place)
-        if not sft:
-            ref = load_reference(ref_from or init_from, model, tokenizer)
-            score = eval_imdb.load_reward(reward, device) if task else None
-        examples, held_out, *others = eval_imdb.training_data(options, model, tokenizer, score, dtype)
-        longest, step = max(examples + held_out, key=lambda e: len(e[0]) + max(len(e[1]), len(e[2]))), 0
-        attention = choose_attention([(init_from, model)] + ([] if sft else [(ref_from or "the reference", ref)]), [examples[0], longest],
-                                     "flex" if place == "cuda" else "dense" if compile and device != "cuda" else "pairs")
-        attention, digest = "flex" if device == "cuda" and attention == "pairs" else attention, fingerprint(examples + held_out, ref)
-        if resume:
-            state = load_state(out_dir, model)
-            if state["data"] != digest:
-                sys.exit(f"error: the data or the reference of the run in {out_dir} is another now; give back what it was, or start another --out_dir")
-            step = state["step"]
-        found = examples, held_out, *others, attention, digest, [model.config, (ref or model).config], tokenizer, init_from, step
-    examples, held_out, names, prefixes, truncated, dropped, attention, digest, configs, tokenizer, init_from, step = from_rank_0(found)
+    # policy, reference, data, and first what can be wrong with a task's texts and reward. Rank 0 goes ahead and makes
+    # the files that the other processes then find
     if rank:
-        with torch.device("meta"):
-            model, ref = (AutoModelForCausalLM.from_config(c, dtype=torch.float32, attn_implementation="pair_attention").eval() for c in configs)
-    models = [model] if sft else [model, ref.requires_grad_(False)]
-    n_params, (vocabulary, width) = sum(p.numel() for p in model.parameters()), model.get_output_embeddings().weight.shape
-    n_body = n_params - vocabulary * width * (1 if model.get_output_embeddings().weight is model.get_input_embeddings().weight else 2)
-    if device == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        # glibc would return freed buffers, to ask for fresh pages at the next step, which takes a third of the embedded task's time
-        libc.mallopt(-1, 2**31 - 1) and libc.mallopt(-3, 1 << 27)
-    for m in models:            # states: the hidden states of a row; one call of it gathers what FSDP has spread
+        dist.barrier()
+    if task:
+        reviews = eval_imdb.load_texts(data, texts)
+    if task and not sft:
+        score = eval_imdb.load_reward(reward, device)
+    if init_from == "scratch" and not sft:
+        # the embedded task's SFT model, trained with this same file and given its name when it is done
+        init_from = options["init_from"] = os.path.join(os.path.dirname(out_dir), f"reviews-sft-{seed}")
+        if not os.path.exists(init_from):
+            command = ["--method=sft", f"--seed={seed}", f"--device={device}", f"--out_dir={init_from}-new",
+                       "--overwrite=True"]
+            print("the SFT model first: python train.py " + " ".join(command), flush=True)
+            # and so ends that run, too
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+            if subprocess.run([sys.executable, __file__, *command], env={**os.environ, "WORLD_SIZE": "1"}).returncode:
+                sys.exit("error: the SFT run failed")
+            os.rename(init_from + "-new", init_from)
+
+    # one GPU may be too small for a whole model: several processes spread it from the CPU, where they need not sample
+    place = device if world == 1 or task else "cpu"
+    if init_from == "scratch":
+        model, tokenizer = eval_imdb.scratch_model(seed)
+    else:
+        model, tokenizer = load_model(init_from, place)
+    models = {init_from: model}
+    if not sft:
+        ref = load_reference(ref_from or init_from, model, tokenizer)
+        models[ref_from or "the reference"] = ref
+    positions = getattr(model.config, "max_position_embeddings", None) or max_length
+    if max_length > positions:
+        sys.exit(f"error: --max_length={max_length} is more than the {positions} positions of {init_from}; lower it")
+    if tokenizer.eos_token_id is None:
+        sys.exit(f"error: the tokenizer of {init_from} has no EOS token, which ends every response; set its eos_token")
+
+    # whole texts for the task's SFT, else pairs: the task's own, or a source's
+    if task and sft:
+        examples, names, truncated = tokenize_texts(reviews["train"], tokenizer, max_length)
+        held_out, _, _ = tokenize_texts(reviews["test"][:eval_pairs], tokenizer, max_length)
+        prompts = dropped = 0
+    else:
+        source = data
+        if task:
+            prefixes = eval_imdb.task_prefixes(reviews, tokenizer, seed, train_prefixes, eval_prefixes)
+            source = eval_imdb.build_pairs(options, model, tokenizer, prefixes["train"], score)
+        pairs = read_pairs(source, tokenizer, "train", bad_rows)
+        if eval_data or source == "hh":
+            held_pairs = read_pairs(eval_data or "hh", tokenizer, "test", bad_rows)
+        else:
+            pairs, held_pairs = hold_out(pairs, eval_pairs, seed)
+        held_pairs = [held_pairs[i] for i in np.random.default_rng(seed).permutation(len(held_pairs))[:eval_pairs]]
+        examples, names, truncated = tokenize(pairs, tokenizer, max_length, max_prompt_length, truncation)
+        held_out, _, _ = tokenize(held_pairs, tokenizer, max_length, max_prompt_length, truncation)
+        dropped = len(pairs) - len(examples)
+        prompts = prefixes["test"] if task else [prompt for _, prompt, _, _ in held_pairs]
+    if not examples or not held_out:
+        sys.exit(f"error: no {'held-out' if examples else 'training'} pair is left: within --max_length={max_length} "
+                 "no two responses differ as tokens; raise it, or take a tokenizer that knows these words")
+    if sft:
+        examples = [(prompt, chosen, []) for prompt, chosen, _ in examples]
+        held_out = [(prompt, chosen, []) for prompt, chosen, _ in held_out]
+
+    # are packed rows exact for these models? On the first and the longest example
+    longest = max(examples + held_out, key=lambda e: len(e[0]) + max(len(e[1]), len(e[2])))
+    preferred = "flex" if place == "cuda" else "pairs"
+    # rows of one length, so that the model compiles once
+    if compiled and device != "cuda":
+        preferred = "mask"
+    attention = choose_attention(models, [examples[0], longest], preferred)
+    if device == "cuda" and attention == "pairs":       # it was looked at on the CPU
+        attention = "flex"
+
+    # a resumed run has to find the same data and reference again
+    digest, step = fingerprint([*examples, *held_out], model if sft else ref), 0
+    if resume:
+        state = load_state(out_dir)
+        step = state["step"]
+        if state["data"] != digest:
+            sys.exit(f"error: the data or the model that the run in {out_dir} began with is another now; give back "
+                     "what it was, or start another --out_dir")
+        try:
+            model.load_state_dict(state["weights"])
+        except RuntimeError as error:
+            sys.exit(f"error: the checkpoint in {out_dir} is of another model: {str(error).splitlines()[0]}")
+    if world > 1 and rank == 0:
+        dist.barrier()
+
+    # states: the hidden states of a row; one call of it gathers what FSDP has spread
+    vocabulary, width = model.get_output_embeddings().weight.shape
+    n_params = sum(p.numel() for p in model.parameters())
+    n_body = n_params - vocabulary * width
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        n_body -= vocabulary * width
+    for m in models.values():
         if world > 1:
-            shard(m, device, compile)
-        m.states = functools.partial(response_states, torch.compile(m.base_model, dynamic=False) if compile and world == 1 else m.base_model, m)
+            shard(m, device, compiled)
+        body = torch.compile(m.base_model, dynamic=False) if compiled and world == 1 else m.base_model
+        m.states = functools.partial(response_states, body, m)
         register_fsdp_forward_method(m, "states")
 
     # -------------------------------------------------------------------------
-    # rows and optimizer
-    sizes = list(map(size, examples))
-    micro_tokens = max(micro_tokens or (8192 if device == "cuda" else 1024), *sizes, *map(size, held_out))
-    if attention != "pairs" or world > 1:
-        micro_tokens = best_row([[sizes[i] for i in step_indices(k, batch_size, len(sizes), seed)] for k in range(16)], max(*sizes, *map(size, held_out)), micro_tokens,
-                                world, attention == "dense")
-    row_length = micro_tokens if attention != "pairs" else 0            # rows of one length, so that the model compiles once
-    optimizers = {"rmsprop": torch.optim.RMSprop, "adamw": functools.partial(torch.optim.AdamW, weight_decay=0.0)}
-    optimizer = optimizers[optimizer](model.parameters(), lr=learning_rate)
+    # rows: pairs take rows of any length, else a step's tokens make rows of one length
+    sizes = [size(example) for example in examples]
+    longest = max(sizes + [size(example) for example in held_out])
+    micro_tokens = max(micro_tokens or (8192 if device == "cuda" else 1024), longest)
+    row_length = 0
+    if attention != "pairs":
+        tokens = batch_size * sum(sizes) / len(sizes)
+        per_step = world * math.ceil(tokens / micro_tokens / world)
+        micro_tokens = row_length = math.ceil(max(longest, tokens / per_step) / 128) * 128
+
+    # optimizer
+    if optimizer == "rmsprop":
+        optimizer = torch.optim.RMSprop(model.parameters(), lr=learning_rate)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+    max_steps = max_steps or math.ceil(len(examples) / batch_size)
     if resume:
-        set_optimizer_state_dict(model, optimizer, state["optimizer"] if state else {}, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=world > 1))
-    max_steps = max_steps or -(-len(examples) // batch_size)
+        try:
+            set_optimizer_state_dict(model, optimizer, state["optimizer"], options=FULL)
+        except Exception as error:
+            sys.exit(f"error: the checkpoint in {out_dir} is damaged ({error}); start again with --overwrite=True")
     if step >= max_steps:
+        # a kill may have come before its last files
+        save(out_dir, model, tokenizer, optimizer, step, digest)
         sys.exit(f"error: {out_dir} is at step {step} already; --max_steps={step + max(1, step)} would continue it")
 
     # -------------------------------------------------------------------------
     # what will happen
-    peaks = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12}        # dense bf16 FLOP/s, NVIDIA's data sheets
-    peak = next((x * world for name, x in peaks.items() if device == "cuda" and name in torch.cuda.get_device_name()), None)
-    tokens, saved, noun = sum(sizes), 0 if sft else sum(len(e[0]) for e in examples), "texts" if sft else "pairs"
-    print(f"{noun}: {len(examples)} to train on, {len(held_out)} held out; {truncated} truncated, {dropped} dropped\n"
-          f"rows: {f'of {row_length} tokens' if row_length else f'of up to {micro_tokens} tokens, without padding'}; shared prompts "
-          f"save {saved} of {tokens + saved} tokens; attention {attention}\n"
-          f"step: {batch_size} {noun}, about {batch_size * tokens // len(examples)} tokens; {max_steps} steps, {max_steps * batch_size / len(examples):.1f} epochs\n"
-          f"policy: {init_from}, {n_params / 1e6:.1f}M parameters, vocabulary {vocabulary}; reference: {'none' if sft else ref_from or 'a frozen copy'}\n"
-          f"run: {method}{f', alpha {alpha}' if method == 'tdpo2' else ''}{'' if sft else f', beta {beta}'}, seed {seed}, device {device}"
-          f"{f', {world} processes' if world > 1 else ''}, dtype {dtype}, compile {compile}{' (slow first steps)' if compile else ''}, torch {torch.__version__}; "
-          f"into {out_dir}", flush=True)
-    if model.dtype != torch.float32 and learning_rate < torch.finfo(model.dtype).eps / 2 * max(p.abs().mean().item() for p in model.parameters()):
-        print(f"warning: weights in {model.dtype} round updates of {learning_rate} away; keep them in float32")
-    log = eval_imdb.start_log(out_dir, options, step, resume) if rank == 0 else open(os.devnull, "w")
-    if wandb_log and rank == 0:
+    noun = "texts" if sft else "pairs"
+    shared = 0 if sft else sum(len(prompt) for prompt, _, _ in examples)
+    print(f"{noun}: {len(examples)} to train on, {len(held_out)} held out; {truncated} truncated, {dropped} dropped")
+    print(f"rows: up to {micro_tokens} tokens, {'padded' if row_length else 'without padding'}, attention {attention}; "
+          f"shared prompts save {shared} of {sum(sizes) + shared} tokens")
+    print(f"step: {batch_size} {noun}, about {batch_size * sum(sizes) // len(sizes)} tokens; {max_steps} steps, "
+          f"{max_steps * batch_size / len(examples):.1f} epochs")
+    print(f"policy: {init_from}, {n_params / 1e6:.1f}M parameters, vocabulary {vocabulary}; "
+          f"reference: {'none' if sft else ref_from or 'a frozen copy'}")
+    print(f"run: {method}, alpha {alpha}, beta {beta}, seed {seed}, device {device}, {world} processes, dtype {dtype}, "
+          f"compiled {compiled}, torch {torch.__version__}; into {out_dir}", flush=True)
+    log = open(os.devnull, "w")
+    if rank == 0:
+        log = start_log(out_dir, options, step, resume)
+    if rank == 0 and prompts:
+        with open(os.path.join(out_dir, "prompts.jsonl"), "w", encoding="utf-8") as f:
+            f.writelines(json.dumps({"prompt": prompt}) + "\n" for prompt in dict.fromkeys(prompts))
+    if rank == 0 and wandb_log:
         import wandb
         wandb.init(project="tdpo", name=os.path.basename(out_dir), config=options, dir=out_dir)
 
     # -------------------------------------------------------------------------
     # one pass over a row, for training and for evaluation
-    def passes(indices, examples):
-        """This process's rows of a step: (indices of its pairs, tensors on the device, whether they count). Processes have equally many, as they
-        have to meet in every pass: who would have fewer repeats a row, uncounted."""
-        rows = pack([size(examples[i]) for i in indices], micro_tokens)
-        for k in range(rank, -(-len(rows) // world) * world, world):
-            row = [indices[i] for i in rows[min(k, len(rows) - 1)]]
-            yield row, collate(examples, row, row_length, device, attention), k < len(rows)
+    def rows_of(examples):
+        """This process's rows of a step: (batch, whether it counts). Processes meet in every pass, so they have equally
+        many: one that would have fewer repeats a row, which does not count."""
+        rows = pack([size(example) for example in examples], micro_tokens)
+        for k in range(rank, math.ceil(len(rows) / world) * world, world):
+            row = [examples[i] for i in rows[min(k, len(rows) - 1)]]
+            yield collate(row, row_length, device, attention), k < len(rows)
 
     def forward(batch, counts):
-        """The loss, a mean over the pass's pairs (sft: tokens), and stats, a value a pair."""
-        with autocast(device, dtype):
+        """The loss, a sum over the row's pairs (sft: tokens), and stats, a value for each; 0 and none if not counts."""
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
             hidden = model.states(batch)
             if sft:
                 loss, stats = fused_sft_loss(hidden, output_weight(model), batch["labels"])
             else:
                 with torch.no_grad():
                     ref_hidden = ref.states(batch)
-                loss, stats = fused_tdpo_loss(hidden, output_weight(model), ref_hidden, output_weight(ref), *(batch[x] for x in ("labels", "pair", "chosen")),
-                                              beta, alpha, method)
-        return loss * len(stats["loss"]) * counts, {name: x[:len(x) * counts] for name, x in stats.items()}
+                loss, stats = fused_tdpo_loss(hidden, output_weight(model), ref_hidden, output_weight(ref),
+                                              batch["labels"], batch["pair"], batch["chosen"], beta, alpha, method)
+        n = len(stats["loss"]) if counts else 0
+        return loss * n, {name: x[:n] for name, x in stats.items()}
 
     def means(stats, n):
         """Metrics over n pairs, of which this process has some, in several passes."""
-        stats = {name: torch.cat([s[name] for s in stats]) for name in stats[0]}
-        columns = {"loss": stats["loss"]} if sft else preference_metrics(stats, method, beta, alpha)
+        columns = {name: torch.cat([s[name] for s in stats]) for name in stats[0]}
+        if not sft:
+            columns = preference_metrics(columns)
         sums = torch.stack([x.float().sum() for x in columns.values()])
         return dict(zip(columns, total(sums) / n))
 
-    def write(record, columns):
+    def write(kind, record, shown):
         """One JSON line in the log, and the columns that a person watches on the screen."""
         log.write(json.dumps(record) + "\n")
-        if wandb_log and rank == 0:
-            wandb.log(record, step=record["step"])
+        if rank == 0 and wandb_log:
+            wandb.log(record, step=step)
+        columns = [f"{name.removeprefix('eval_')} {record[name]:>8.4g}" for name in shown if name in record]
         if columns:
-            print(f"{'step' if 'loss' in record else 'eval'} {record['step']:>{len(str(max_steps))}} | " + " | ".join(
-                f"{x.removeprefix('eval_')} {record[x]:>8.4g}" for x in columns if x in record), flush=True)
+            print(f"{kind} {step:>{len(str(max_steps))}} | " + " | ".join(columns), flush=True)
 
-    def evaluate(whole=True):
-        """All that is held out, for the log; or one example, where a signal asks to save at once, to see that the weights are sound."""
-        n = len(held_out) if whole else 1
-        with torch.no_grad():
-            batches = tqdm(passes(range(n), held_out), desc="evaluating", leave=False, disable=None)
-            found = means([forward(batch, counts)[1] for _, batch, counts in batches], sum(len(e[1]) for e in held_out[:n]) if sft else n)
+    @torch.no_grad()
+    def evaluate(quick=False):
+        """Log the metrics on what is held out and, in a task, the scores of fresh samples. The program ends where the
+        weights are broken; quick looks for that alone, on one example."""
+        some = held_out[:1] if quick else held_out
+        rows = tqdm(rows_of(some), desc="evaluating", leave=False, disable=None)
+        stats = [forward(batch, counts)[1] for batch, counts in rows]
+        found = means(stats, sum(len(chosen) for _, chosen, _ in some) if sft else len(some))
         found = {name: x.item() for name, x in found.items()}
         if not math.isfinite(found["loss"]):
-            sys.exit(f"error: the held-out loss after step {step} is {found['loss']}, so this step is not saved. Lower --learning_rate")
-        if not whole:
+            sys.exit(f"error: the held-out loss after step {step} is {found['loss']}, so this step is not saved. "
+                     "Lower --learning_rate")
+        if quick:
             return
         if step == 0 and not sft and found["kl_l"] > 1e-5:
-            print(f"warning: before the first step the KL from {ref_from or 'the reference'} is {found['kl_l']:.2g} nats, not 0: its weights differ, or their dtype")
+            print(f"warning: before the first step the KL from {ref_from or 'the reference'} is {found['kl_l']:.2g} "
+                  "nats, not 0: its weights differ, or their dtype")
         if task and not sft:
-            with torch.compiler.set_stance("force_eager"):      # prompts of every length would use up the recompilations
-                found.update(eval_imdb.score_policy(model, ref, tokenizer, prefixes, score or (lambda texts: [0.0] * len(texts)), max_new_tokens, seed, dtype))
-        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)       # glibc: the pieces that sampling leaves would add up
-        write({"step": step, **{"eval_" + name: x for name, x in found.items()}, "eval_pairs": n},
-              ["eval_" + x for x in ("loss", "acc", "margin", "kl_w", "kl_l", "kl_gap", "reward", "reward_se", "sample_kl", "sample_rkl", "entropy")])
+            # prompts of every length would all be compiled
+            with torch.compiler.set_stance("force_eager"):
+                found.update(eval_imdb.score_policy(model, ref, tokenizer, prefixes["test"], score, max_new_tokens,
+                                                    seed))
+        record = {"step": step, **{"eval_" + name: x for name, x in found.items()}, "eval_pairs": len(held_out)}
+        write("eval", record, ["eval_" + name for name in ("loss", "acc", "margin", "kl_w", "kl_l", "kl_gap", "reward",
+                                                           "reward_se", "sample_kl", "sample_rkl", "entropy")])
 
     # -------------------------------------------------------------------------
-    # the loop
-    speeds = []
-    if not resume:
-        evaluate()
-    for number in (signal.SIGINT, signal.SIGTERM):      # the first lets the step finish and saves, a second one leaves at once; torchrun adds a SIGTERM to Ctrl-C
-        signal.signal(number, lambda n, _: (signals.append(n), [signal.signal(x, signal.SIG_DFL) for x in ([n] if world > 1 else [signal.SIGINT, signal.SIGTERM])]))
+    # the loop; the first SIGINT or SIGTERM lets the step finish and saves, a second one leaves at once
+    signals = []
+
+    def stop_after_step(number, frame):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop_after_step)
+    peak = None
     if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()        # of the steps and later evaluations, not of what prepared them
-    upcoming = list(passes(step_indices(step, batch_size, len(examples), seed), examples))
-    while step < max_steps:
+        # of the steps and later evaluations, not of what prepared them
+        torch.cuda.reset_peak_memory_stats()
+        card = torch.cuda.get_device_name()
+        peak = next((flops for name, flops in PEAK_FLOPS.items() if name in card), None)
+    speeds, began_at = [], step
+    batch_of = functools.partial(step_indices, batch_size=batch_size, n=len(examples), seed=seed)
+    rows = list(rows_of([examples[i] for i in batch_of(step)]))
+    while True:
+        # once in a while: evaluate and save. What is saved has been evaluated: broken weights never replace good ones
+        stop = len(signals) > 0
+        if world > 1:               # a signal may reach some processes later
+            stop = total(torch.tensor(float(stop), device=device)).item() > 0
+        due_eval = step in (0, max_steps) or eval_interval and step % eval_interval == 0
+        due_save = step == max_steps or save_interval and step % save_interval == 0
+        if step == 0 or step > began_at:
+            if due_eval or due_save:
+                evaluate()
+            elif stop:
+                evaluate(quick=True)
+            if step > 0 and (due_save or stop):
+                save(out_dir, model, tokenizer, optimizer, step, digest)
+        if step == max_steps:
+            break
+        if stop:
+            print(f"stopped after step {step} | continue: python train.py --resume=True --out_dir={out_dir}",
+                  flush=True)
+            sys.exit(128 + (signals or [signal.SIGTERM])[0])
+
+        # one step: its loss is one mean, however its pairs are packed; FSDP takes the mean over processes
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1, (step + 1) / max(1, warmup_steps))
-        indices = step_indices(step, batch_size, len(examples), seed)
+        indices = batch_of(step)
         count = sum(len(examples[i][1]) for i in indices) if sft else batch_size
-        optimizer.zero_grad(set_to_none=device != "cpu")          # gradients that stay where they are keep glibc's heap from growing at every step
-        stats, members = [], []
-        while upcoming:
-            some, batch, counts = upcoming.pop(0)                   # so that each pass's masks go with it
-            loss, s = forward(batch, counts)
-            (loss * (world / count)).backward()     # the step's loss is one mean, however its pairs are packed; FSDP takes the mean over processes
-            stats.append(s)
-            members += some[:len(some) * counts]
-        upcoming = list(passes(step_indices(step + 1, batch_size, len(examples), seed), examples))      # packed while the device still works
-        found = means(stats, count)
+        # on a CPU they stay in place, or the heap would grow
+        optimizer.zero_grad(set_to_none=device != "cpu")
+        stats = []
+        for batch, counts in rows:
+            loss, some = forward(batch, counts)
+            (loss * (world / count)).backward()
+            stats.append(some)
+        # the next step's rows are laid out while the device still works on this one's
+        rows = list(rows_of([examples[i] for i in batch_of(step + 1)]))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        found = means(stats, count)
         found["grad_norm"] = norm.full_tensor() if world > 1 else norm
-        found["stop"] = total(torch.full((), float(len(signals)), device=device))       # processes may hear of a signal in different steps
-        found = dict(zip(found, torch.stack(list(found.values())).tolist()))        # the step's one wait for the device
+        # here the device is waited for
+        found = dict(zip(found, torch.stack(list(found.values())).tolist()))
         if not (math.isfinite(found["loss"]) and math.isfinite(found["grad_norm"])):
-            bad = [] if sft else [m for m, x in zip(members, torch.cat([s["loss"] for s in stats]).tolist()) if not math.isfinite(x)]
-            if world > 1:
-                dist.all_gather_object(everywhere := [None] * world, bad)
-                bad = sum(everywhere, [])
-            sys.exit(f"error: the loss ({found['loss']}) or gradient norm ({found['grad_norm']}) of step {step + 1} is not finite; {noun}{'' if bad else ' of the step'}: "
-                     f"{', '.join(names[i] for i in (bad or indices)[:8])}. Nothing was saved since the last checkpoint: lower --learning_rate, or look at these {noun}")
+            sys.exit(f"error: the loss ({found['loss']}) or gradient norm ({found['grad_norm']}) of step {step + 1} is "
+                     "not finite. Nothing was saved since the last checkpoint: lower --learning_rate, or look at these "
+                     f"{noun}: {', '.join(names[i] for i in indices[:8])}")
         optimizer.step()
-        step, stop = step + 1, found.pop("stop")
-        seconds = time.perf_counter() - began
-        n_tokens = sum(size(examples[i]) for i in indices)
-        n_loss = sum(len(part) for i in indices for part in examples[i][1:])
-        flops = (6 if sft else 8) * (n_tokens * n_body + n_loss * vocabulary * width)    # policy forward and backward, reference forward
-        record = dict(step=step, epoch=step * batch_size / len(examples), **found, lr=optimizer.param_groups[0]["lr"], pairs_per_s=batch_size / seconds,
-                      tokens_per_s=n_tokens / seconds, **({"mfu": flops / seconds / peak} if peak else {}), peak_gib=peak_gib(device))
-        speeds.append([record[x] for x in ("pairs_per_s", "tokens_per_s", "mfu") if x in record])
-        write(record, () if step % log_interval and step < max_steps else ("loss", "acc", "margin", "kl_w", "kl_l", "kl_gap", "grad_norm", "pairs_per_s", "mfu"))
-        due_eval, due_save = (step == max_steps or interval and step % interval == 0 for interval in (eval_interval, save_interval))
-        if due_eval or due_save or stop:                # what is saved has been evaluated, so no broken weights replace good ones
-            evaluate(due_eval or due_save)
-        if due_save or stop:
-            save(out_dir, model, tokenizer, optimizer, step, digest)
-        if stop and step < max_steps:
-            print(f"stopped after step {step}, which is saved | continue: python train.py --resume=True --out_dir={out_dir}", flush=True)
-            sys.exit(128 + (signals or [signal.SIGTERM])[0])
+        step += 1
 
-    middle = np.median(speeds[min(3, len(speeds) - 1):], axis=0)                    # the first steps warm up
-    print(f"median speed {middle[0]:.2f} {noun}/s, {middle[1]:.0f} tokens/s{f', MFU {middle[2]:.1%}' if peak else ''}; "
-          f"peak memory {peak_gib(device):.2f} GiB; {time.time() - started:.0f} s in all")
+        # log; FLOPs are the policy's forward and backward and the reference's forward
+        seconds = time.perf_counter() - began
+        n_tokens = sum(sizes[i] for i in indices)
+        n_loss = sum(len(examples[i][1]) + len(examples[i][2]) for i in indices)
+        flops = (6 if sft else 8) * (n_tokens * n_body + n_loss * vocabulary * width)
+        record = dict(step=step, epoch=step * batch_size / len(examples), **found, lr=optimizer.param_groups[0]["lr"],
+                      pairs_per_s=batch_size / seconds, tokens_per_s=n_tokens / seconds, peak_gib=peak_gib(device))
+        if peak:
+            record["mfu"] = flops / seconds / peak / world
+        speeds.append((record["pairs_per_s"], record["tokens_per_s"]))
+        shown = ("loss", "acc", "margin", "kl_w", "kl_l", "kl_gap", "grad_norm", "pairs_per_s", "mfu")
+        write("step", record, shown if step % log_interval == 0 or step == max_steps else ())
+
+    # -------------------------------------------------------------------------
+    # what came of it
+    if task and not sft:
+        with torch.compiler.set_stance("force_eager"):
+            eval_imdb.show_completions({"SFT": ref, method: model}, tokenizer, prefixes["test"][:3], score,
+                                       max_new_tokens, seed)
+    # the first steps warm up
+    middle = np.median(speeds[min(3, len(speeds) - 1):], axis=0)
+    print(f"\nmedian speed {middle[0]:.2f} {noun}/s, {middle[1]:.0f} tokens/s; peak memory {peak_gib(device):.2f} GiB; "
+          f"{time.time() - started:.0f} s in all")
+    follow = "sample.py --model="
+    if sft and not task:
+        follow = f"train.py --method=tdpo2 --data={data} --init_from="
+    print(f"saved {out_dir} | next: python {follow}{out_dir}", flush=True)
     if world > 1:
+        # the group's threads outlive it while FSDP holds it; one that lets go of a tensor once Python is going down
+        # aborts the process, so nothing is taken down here
+        if rank == 0 and wandb_log:
+            wandb.finish()
         dist.destroy_process_group()
-    print(f"saved {out_dir} | next: python " + (f"train.py --method=tdpo2 --data={data} --init_from=" if sft and not task else "sample.py --model=") + out_dir)
+        log.close()
+        os._exit(0)
