@@ -449,6 +449,17 @@ def examples_of(seed=0, n=5, V=61):
     return [tuple(rng.integers(0, V, k).tolist() for k in rng.integers(2, 9, 3)) for _ in range(n)]
 
 
+def test_a_window_that_counts_places_in_a_row_is_refused_where_a_pair_is_longer():
+    """GPT-Neo's local attention: one response fits the window, a whole pair does not."""
+    config = hf.GPTNeoConfig(vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, max_position_embeddings=128,
+                             attention_types=[[["global", "local"], 1]], window_size=38, bos_token_id=0, eos_token_id=0)
+    model = tiny(config)
+    rng = np.random.default_rng(0)
+    fits, longer = [tuple(rng.integers(0, 61, n).tolist() for n in lengths) for lengths in ((8, 30, 2), (6, 20, 20))]
+    assert train.size(fits) == 38 < train.size(longer) and train.packing_error(model, [fits], "mask") == ""
+    assert "other logits" in train.packing_error(model, [longer], "mask")
+
+
 def test_a_row_is_what_is_drawn_above_collate():
     batch = train.collate([([5, 6, 7], [1, 2, 3, 4], [8, 9, 9]), ([5, 6], [1, 2], [3, 4])], 15, attention="mask")
     assert batch["ids"].tolist() == [[5, 6, 7, 1, 2, 3, 8, 9, 5, 6, 1, 3, 0, 0, 0]]

@@ -519,7 +519,7 @@ def packing_error(model, examples, attention):
         if (getattr(config, name, None) or longest) < longest:
             return f"its {name} of {getattr(config, name)} tokens is shorter than a prompt and response of {longest}"
     length = 0
-    if attention != "pairs":
+    if attention == "flex":
         length = math.ceil(sum(map(size, examples)) / 128) * 128
     try:
         batch = collate(examples, length, model.device, attention)
@@ -780,13 +780,16 @@ if __name__ == "__main__":
         examples = [(prompt, chosen, []) for prompt, chosen, _ in examples]
         held_out = [(prompt, chosen, []) for prompt, chosen, _ in held_out]
 
-    # are packed rows exact for these models? On the first and the longest example
+    # are packed rows exact for these models? On the first example beside the longest sequence, and beside the pair that
+    # takes most of a row: GPT-Neo's local attention counts places in a row
     longest = max(examples + held_out, key=lambda e: len(e[0]) + max(len(e[1]), len(e[2])))
+    largest = max(examples + held_out, key=size)
     preferred = "flex" if place == "cuda" else "pairs"
     # rows of one length, so that the model compiles once
     if compiled and device != "cuda":
         preferred = "mask"
     attention = choose_attention(models, [examples[0], longest], preferred)
+    attention = choose_attention(models, [examples[0], largest], attention)
     if device == "cuda" and attention == "pairs":       # it was looked at on the CPU
         attention = "flex"
 
@@ -827,7 +830,10 @@ if __name__ == "__main__":
     if attention != "pairs":
         tokens = batch_size * sum(sizes) / len(sizes)
         per_step = world * math.ceil(tokens / micro_tokens / world)
-        micro_tokens = row_length = math.ceil(max(longest, tokens / per_step) / 128) * 128
+        row_length = math.ceil(max(longest, tokens / per_step) / 128) * 128
+        if attention == "mask":         # such models may have a mask of their own, of as many places as positions
+            row_length = max(longest, min(row_length, positions))
+        micro_tokens = row_length
 
     # optimizer
     if optimizer == "rmsprop":
