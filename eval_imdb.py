@@ -233,9 +233,10 @@ def build_pairs(run, model, tokenizer, prefixes, reward):
           f"mean reward of the samples {np.mean(scores):+.3f}")
     if not rows:
         sys.exit("error: every pair was dropped: no two rewards differ by more than --min_score_gap; lower it")
-    with open(path + ".new", "w", encoding="utf-8") as f:
+    # by a name of its own, as two runs may be at it
+    with open(f"{path}.{os.getpid()}", "w", encoding="utf-8") as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(path + ".new", path)
+    os.replace(f"{path}.{os.getpid()}", path)
     return path
 
 
@@ -425,7 +426,9 @@ if __name__ == "__main__":
         if run["beta"] != 0.1:
             label += f" β={run['beta']:g}"
         setting = {name: value for name, value in run.items() if name not in own}
-        if settings.setdefault(label, setting) != setting:
+        # a run that differs in more than its seed, or not even in that, has a line of its own
+        again = any(r["label"] == label and r["seed"] == run["seed"] for r in policies)
+        if again or settings.setdefault(label, setting) != setting:
             label = folder
         reference, policy = from_log(folder, run, label)
         references.setdefault((reference["run"], run["seed"]), reference)

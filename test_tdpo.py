@@ -644,6 +644,14 @@ def test_render_takes_strings_messages_and_transcripts(words):
         assert train.render(row, words) == ("<user>q<eos>\n<assistant>", "y", "n")
 
 
+def test_an_empty_object_and_half_a_transcript_are_bad_rows(words, tmp_path):
+    hh = "\n\nHuman: hi\n\nAssistant: "
+    half = json.dumps(dict(chosen={"a": hh}, rejected=hh + "x"))
+    path = write_lines(tmp_path / "pairs.jsonl", [GOOD, "", "{}", half])
+    with pytest.raises(SystemExit, match="2 bad rows of 3, .*line 3 has no text in 'prompt'.*line 4 has no text"):
+        train.read_pairs(path, words, "train", 0)
+
+
 def test_no_prompt_is_in_both_parts():
     pairs = [(str(n), f"prompt {n % 40}", "a", "b") for n in range(100)]
     rest, held = train.hold_out(pairs, 3, seed=1)
@@ -989,6 +997,11 @@ def test_table_and_figure_come_from_logs_and_models_are_scored_anew(runs):
     again = says(0, "reward at", "eval_imdb.py", "--runs=frontier.json", *at_kl, "--out=again")
     assert re.findall(r"^\|.*", out, re.M) == re.findall(r"^\|.*", again, re.M)
     says(2, "has no reward", "eval_imdb.py", "--runs=sft", "--out=again")
+
+    # the same run once more is no second seed
+    shutil.copytree("tdpo2", "twice")
+    out = says(0, r"\| tdpo2 α=0.5 \|.* 1 × 24 \|", "eval_imdb.py", "--runs=tdpo2,twice", "--out=again")
+    assert re.search(r"^\| twice \|.* 1 × 24 \|", out, re.M)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -231,14 +231,15 @@ def read_rows(source, split):
     # line by line, so that a bad line has a number and costs only itself
     rows = []
     for n, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line.decode("utf-8-sig").strip() or "{}")
+            row = json.loads(line.decode("utf-8-sig"))
             if not isinstance(row, dict):
                 row = "is not a JSON object"
         except (ValueError, RecursionError) as error:
             row = f"is not JSON: {error}"
-        if row:
-            rows.append((f"{source} line {n}", row))
+        rows.append((f"{source} line {n}", row))
     return rows
 
 
@@ -251,9 +252,9 @@ def render(row, tokenizer):
     turn = "\n\nAssistant:"
     if isinstance(chosen, list) and isinstance(rejected, list):
         prompt, chosen, rejected = render_messages(prompt, chosen, rejected, tokenizer)
-    elif prompt is None and turn in str(chosen):
+    elif prompt is None and isinstance(chosen, str) and isinstance(rejected, str) and turn in chosen:
         prompt = chosen[:chosen.rindex(turn) + len(turn)]
-        if not str(rejected).startswith(prompt):
+        if not rejected.startswith(prompt):
             raise ValueError("has two transcripts that differ before the last assistant turn")
         chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]
     for name, text in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
@@ -559,7 +560,8 @@ def choose_attention(models, examples, preferred):
 # the same for any number of processes
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 CHECKPOINT = ("state.pt", "config.json", "generation_config.json", "model*.safetensors*", "tokenizer*", "vocab.*",
-              "merges.txt", "special_tokens_map.json", "added_tokens.json", "*chat_template*", "samples.jsonl")
+              "merges.txt", "special_tokens_map.json", "added_tokens.json", "*chat_template*", "samples.jsonl",
+              "prompts.jsonl")
 
 
 def join_processes():
