@@ -62,7 +62,8 @@ GRAMMAR = {
 
 
 def write_review(rng):
-    """One review of about 60 words. The mood is drawn once, so its words agree more often than not."""
+    """One review of about 60 words."""
+    # drawn once, so that its words agree more often than not
     mood = rng.choice((0.15, 0.5, 0.85))
 
     def expand(symbol):
@@ -74,6 +75,7 @@ def write_review(rng):
 
 def exact_reward(texts):
     """(positive - negative) / (positive + negative) words of each text, in [-1, 1]; 0 where there are none."""
+    # as the grammar writes, words stand between spaces
     rewards = []
     for text in texts:
         positive = sum(word in POSITIVE for word in text.split())
@@ -85,12 +87,16 @@ def exact_reward(texts):
 def scratch_model(seed):
     """The embedded task's untrained policy: a GPT-2 of 0.1M parameters and its word-level tokenizer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
+    # all words of the grammar
     lines = " ".join(itertools.chain(*GRAMMAR.values()))
-    words = ["<eos>", "<unk>", *sorted(set(re.sub(r"\{\w+\}", " ", lines).split()))]
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>", pad_token="<eos>",
-                                        clean_up_tokenization_spaces=False)
+    words = sorted(set(re.sub(r"\{\w+\}", " ", lines).split()))
+    ids = {word: i for i, word in enumerate(["<eos>", "<unk>", *words])}
+    splitter = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    splitter.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=splitter, eos_token="<eos>", unk_token="<unk>",
+                                        pad_token="<eos>", clean_up_tokenization_spaces=False)
+
+    # erf's GELU, as GPT-2's own approximation takes a quarter of a step on a CPU
     torch.manual_seed(seed)
     config = GPT2Config(vocab_size=len(tokenizer), n_positions=128, n_embd=64, n_layer=2, n_head=4, bos_token_id=0,
                         eos_token_id=0, activation_function="gelu")
@@ -111,42 +117,51 @@ def load_texts(data, source):
         rng = random.Random(0)
         reviews = [write_review(rng) for _ in range(11000)]
         return {"train": reviews[:10000], "test": reviews[10000:]}
+
+    # what there is: (text, split)
     from datasets import load_dataset
     try:
         if os.path.exists(source):
             kind = "parquet" if source.endswith(".parquet") else "json"
-            rows = load_dataset(kind, data_files=glob.escape(source), split="train")
-            splits = ["test" if n % 10 == 9 else "train" for n in range(len(rows))]
-            if "split" in rows.column_names:
-                splits = rows["split"]
-            rows = list(zip(rows["text"], splits))
+            table = load_dataset(kind, data_files=glob.escape(source), split="train")
+            splits = ["test" if n % 10 == 9 else "train" for n in range(len(table))]
+            if "split" in table.column_names:
+                splits = table["split"]
+            rows = list(zip(table["text"], splits))
         else:
-            rows = [(text, split) for split in ("train", "test") for text in load_dataset(source, split=split)["text"]]
+            rows = []
+            for split in ("train", "test"):
+                rows += [(text, split) for text in load_dataset(source, split=split)["text"]]
     except Exception as error:      # datasets raises what its readers raise
         sys.exit(f"error: cannot read --texts={source}: {type(error).__name__} {error}".replace("\n", " "))
 
+    # one line each; IMDb is sorted by label
     texts = {"train": [], "test": []}
     for text, split in rows:
         if split in texts and isinstance(text, str) and text.strip():
-            texts[split].append(re.sub(r"\s+", " ", re.sub(r"<br\s*/?>", " ", text)).strip())
+            text = re.sub(r"<br\s*/?>", " ", text)
+            texts[split].append(re.sub(r"\s+", " ", text).strip())
     print(f"texts: {len(texts['train'])} to train on, {len(texts['test'])} to test on, of {len(rows)} rows in {source}")
     for split in texts:
         if not texts[split]:
             sys.exit(f"error: {source} has no text in its {split} split; the column split names train or test")
-        random.Random(0).shuffle(texts[split])          # IMDb is sorted by label
+        random.Random(0).shuffle(texts[split])
     return texts
 
 
 def task_prefixes(texts, tokenizer, seed, train_prefixes, eval_prefixes):
     """{"train": [...], "test": [...]}: so many beginnings of 2 to 8 tokens, each of its own review, as text."""
+    # by split and seed, whatever is drawn for the other
     prefixes = {}
     for split, count in (("train", train_prefixes), ("test", eval_prefixes)):
         rng = random.Random(f"{seed} {split}")
         prefixes[split] = []
-        for text in rng.sample(texts[split], min(len(texts[split]), count)):
-            ids = tokenizer(" ".join(text.split()[:16]), add_special_tokens=False)["input_ids"]
+        count = min(count, len(texts[split]))
+        for text in rng.sample(texts[split], count):
+            beginning = " ".join(text.split()[:16])
+            ids = tokenizer(beginning, add_special_tokens=False)["input_ids"]
             length = rng.randint(2, 8)
-            # inside a character
+            # never ends inside a character
             while length < len(ids) and tokenizer.decode(ids[:length]).endswith("\ufffd"):
                 length += 1
             prefixes[split].append(tokenizer.decode(ids[:length]))
@@ -159,16 +174,18 @@ def load_reward(name, device="cpu"):
     if name == "exact":
         return exact_reward
     model, tokenizer = load_model(name, device, AutoModelForSequenceClassification)
-    positive = [i for i, label in model.config.id2label.items() if str(label).lower().startswith("pos")]
+    labels = {i: str(label) for i, label in model.config.id2label.items()}
+    positive = [i for i, label in labels.items() if label.lower().startswith("pos")]
     if len(positive) != 1:
-        labels = sorted(map(str, model.config.id2label.values()))
+        labels = sorted(labels.values())
         sys.exit(f"error: the reward model {name} has labels {labels}; one must be called positive")
+    # a decoder finds a text's last token by its padding
     tokenizer.padding_side = "right"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    # a decoder finds a text's last token by it
     model.config.pad_token_id = tokenizer.pad_token_id
     longest = min(512, getattr(model.config, "max_position_embeddings", None) or 512)
 
+    # texts of like lengths together
     @torch.no_grad()
     def reward(texts):
         scores = np.zeros(len(texts))
@@ -178,11 +195,14 @@ def load_reward(name, device="cpu"):
             inputs = tokenizer([texts[i] for i in batch], padding=True, truncation=True, max_length=longest,
                                return_tensors="pt").to(device)
             with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-                scores[batch] = model(**inputs).logits.float().softmax(-1)[:, positive[0]].cpu()
+                logits = model(**inputs).logits.float()
+            scores[batch] = logits.softmax(-1)[:, positive[0]].cpu()
         return scores.tolist()
+
+    # what is wrong with it is said before hours of sampling
     try:
         reward(["good", "good " * 600])
-    except Exception as error:      # before hours of sampling
+    except Exception as error:
         sys.exit(f"error: the reward model {name} cannot score texts: {type(error).__name__}: {error}")
     return reward
 
@@ -190,10 +210,12 @@ def load_reward(name, device="cpu"):
 def complete(model, tokenizer, prefixes, max_new_tokens, num_samples, seed):
     """Completions (temperature 1, no nucleus), a flat list of (index of the prefix, prompt ids, response ids, text)."""
     prompts = [encode_prompt(tokenizer, prefix) for prefix in prefixes]
+    drawn = generate(model, tokenizer, prompts, max_new_tokens, num_samples, seed=seed)
     completions = []
-    for i, responses in enumerate(generate(model, tokenizer, prompts, max_new_tokens, num_samples, seed=seed)):
+    for i, responses in enumerate(drawn):
         for response in responses:
-            completions.append((i, prompts[i], response, response_text(tokenizer, prompts[i], response)))
+            text = response_text(tokenizer, prompts[i], response)
+            completions.append((i, prompts[i], response, text))
     return completions
 
 
@@ -203,9 +225,11 @@ def build_pairs(run, model, tokenizer, prefixes, reward):
     `completions` samples of the SFT model for each prefix; every two of them make a pair, the higher reward is chosen;
     pairs closer than min_score_gap are dropped. The name holds a hash of all that makes the file, so it is reused.
     """
-    judge = [(path, os.path.getsize(path), os.path.getmtime(path)) for path in sorted(glob.glob(run["reward"] + "/*"))]
+    # made by the same model, reward and options, it is the same file
     made_of = [run[name] for name in ("reward", "completions", "min_score_gap", "max_new_tokens", "seed")]
-    digest = hashlib.sha256(json.dumps([prefixes, judge, made_of]).encode())
+    for path in sorted(glob.glob(run["reward"] + "/*")):
+        made_of.append((path, os.path.getsize(path), os.path.getmtime(path)))
+    digest = hashlib.sha256(json.dumps([prefixes, made_of]).encode())
     for p in model.parameters():
         digest.update(p.detach().cpu().contiguous().numpy())
     folder = os.path.dirname(run["out_dir"]) or "."
@@ -214,6 +238,7 @@ def build_pairs(run, model, tokenizer, prefixes, reward):
         print(f"pairs: reusing {path}")
         return path
 
+    # each prefix with its completions and their rewards
     print(f"pairs: sampling {run['completions']} completions for each of {len(prefixes)} prefixes", flush=True)
     samples = complete(model, tokenizer, prefixes, run["max_new_tokens"], run["completions"], run["seed"])
     scores = reward([prefixes[i] + text for i, _, _, text in samples])
@@ -221,18 +246,21 @@ def build_pairs(run, model, tokenizer, prefixes, reward):
     for (i, _, _, text), score in zip(samples, scores):
         if text.strip():
             scored[i].append((score, text))
-    rows = []
+
+    # every two of them
+    rows, tried = [], 0
     for prefix, candidates in zip(prefixes, scored):
         for a, b in itertools.combinations(candidates, 2):
+            tried += 1
             (low, rejected), (high, chosen) = sorted((a, b))
             if high - low > run["min_score_gap"]:
                 rows.append(dict(prompt=prefix, chosen=chosen, rejected=rejected, chosen_score=high,
                                  rejected_score=low))
-    tried = sum(len(x) * (len(x) - 1) // 2 for x in scored)
     print(f"pairs: {len(rows)} of {tried} kept, score gap over {run['min_score_gap']}; "
           f"mean reward of the samples {np.mean(scores):+.3f}")
     if not rows:
         sys.exit("error: every pair was dropped: no two rewards differ by more than --min_score_gap; lower it")
+
     # by a name of its own, as two runs may be at it
     with open(f"{path}.{os.getpid()}", "w", encoding="utf-8") as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -246,20 +274,32 @@ def build_pairs(run, model, tokenizer, prefixes, reward):
 
 def score_policy(model, ref, tokenizer, prefixes, reward, max_new_tokens, seed=0):
     """One sample for each test prefix: {reward, sample_kl, sample_rkl, entropy, their standard errors (name_se), n}."""
+    # one completion a prefix, so the samples are independent
     samples = complete(model, tokenizer, prefixes, max_new_tokens, 1, seed)
-    stats = response_stats(model, ref, [s[1] for s in samples], [s[2] for s in samples])
-    values = dict(reward=reward([prefixes[i] + text for i, _, _, text in samples]), sample_kl=stats["kl"],
-                  sample_rkl=stats["reverse_kl"], entropy=stats["entropy"])
+    prompts = [prompt for _, prompt, _, _ in samples]
+    responses = [response for _, _, response, _ in samples]
+    stats = response_stats(model, ref, prompts, responses)
+    rewards = reward([prefixes[i] + text for i, _, _, text in samples])
+
+    # entropy is a mean over tokens, the others over responses
+    lengths = np.array([len(response) for response in responses])
     result = {"n": len(samples)}
-    for name in values:
-        weights = [len(s[2]) for s in samples] if name == "entropy" else None
-        result[name], result[name + "_se"] = ratio_mean(values[name], weights, range(len(samples)))
+    for name, values, weights in (
+        ("reward", rewards, None),
+        ("sample_kl", stats["kl"], None),
+        ("sample_rkl", stats["reverse_kl"], None),
+        ("entropy", stats["entropy"], lengths),
+    ):
+        result[name], result[name + "_se"] = ratio_mean(values, weights, range(len(samples)))
     return result
 
 
 def show_completions(models, tokenizer, prefixes, reward, max_new_tokens, seed):
     """Print each prefix with a completion of each model, {name: model}, and its reward."""
-    drawn = {name: complete(model, tokenizer, prefixes, max_new_tokens, 1, seed) for name, model in models.items()}
+    # the same seed for all, so that they begin alike
+    drawn = {}
+    for name, model in models.items():
+        drawn[name] = complete(model, tokenizer, prefixes, max_new_tokens, 1, seed)
     for i, prefix in enumerate(prefixes):
         print(f"\n{prefix.strip()} ...")
         for name, completions in drawn.items():
@@ -269,9 +309,11 @@ def show_completions(models, tokenizer, prefixes, reward, max_new_tokens, seed):
 
 def read_log(folder, step=float("inf")):
     """The lines of a run's log up to a step, parsed; nothing behind a line that was cut."""
-    lines, path = [], os.path.join(folder, "log.jsonl")
+    path = os.path.join(folder, "log.jsonl")
     if not os.path.exists(path):
-        return lines
+        return []
+    # a kill may have cut the last line
+    lines = []
     for line in open(path, encoding="utf-8", errors="replace"):
         try:
             record = json.loads(line)
@@ -291,43 +333,58 @@ T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2
 
 
 def from_log(folder, run, label):
-    """[reference, policy]: what table and figure need of a run, from its evaluations and its training pairs' KLs."""
-    log, evals, curves = read_log(folder), [], []
+    """(reference, policy): what table and figure need of a run, from its evaluations and its training pairs' KLs."""
+    # evaluations with samples
+    log = read_log(folder)
+    evals = []
     for record in log:
         if "eval_reward" in record:
-            evals.append({name.removeprefix("eval_"): round(value, 5) for name, value in record.items()})
+            values = {name.removeprefix("eval_"): round(value, 5) for name, value in record.items()}
+            evals.append(values)
     if len(evals) < 2:
         sys.exit(f"error: {folder} has logged no evaluation after its first")
+
+    # a point of a curve is the mean of ten steps
     steps = [record for record in log if "kl_w" in record]
+    curves = []
     for begin in range(0, len(steps), 10):
         block = steps[begin:begin + 10]
-        means = {name: round(float(np.mean([x[name] for x in block])), 4) for name in ("kl_w", "kl_l", "kl_gap")}
-        curves.append({"step": block[-1]["step"], **means})
+        point = {"step": block[-1]["step"]}
+        for name in ("kl_w", "kl_l", "kl_gap"):
+            mean = np.mean([record[name] for record in block])
+            point[name] = round(float(mean), 4)
+        curves.append(point)
+
+    # at step 0 the policy is the reference
     source = run["ref_from"] or run["init_from"]
-    return [dict(evals[0], run=source, label="reference", seed=run["seed"], evals=[], curves=[]),
-            dict(evals[-1], run=folder, label=label, seed=run["seed"], evals=evals, curves=curves)]
+    reference = dict(evals[0], run=source, label="reference", evals=[], curves=[])
+    policy = dict(evals[-1], run=folder, label=label, evals=evals, curves=curves)
+    reference["seed"] = policy["seed"] = run["seed"]
+    return reference, policy
 
 
-def interval(values, errors=()):
-    """(mean, half of a 95 % interval): Student's t over seeds, or the interval over samples, from their standard
+def interval(values, errors):
+    """(mean, half of a 95 % interval) over seeds: Student's t, or the interval over samples, from their standard
     errors, where that is wider: two seeds can agree by chance."""
-    half = float("nan")
-    if len(errors):
-        half = 1.96 * float(np.sqrt(np.sum(np.square(errors)))) / len(values)
-    if len(values) > 1:
-        t = T975[min(len(values) - 2, len(T975) - 1)]
-        half = np.fmax(half, t * np.std(values, ddof=1) / len(values) ** 0.5)
+    n = len(values)
+    half = 1.96 * np.linalg.norm(errors) / n
+    if n > 1:
+        t = T975[min(n - 2, len(T975) - 1)]
+        half = max(half, t * np.std(values, ddof=1) / n**0.5)
     return float(np.mean(values)), float(half)
 
 
 def reward_at(evals, level):
     """(reward, standard error) where a run's evaluations, joined by lines, first cross KL(policy || ref) = level, or
     None. Both ends of a line share their prefixes, so their errors are taken as fully correlated."""
+    # the line from one evaluation to the next
     for a, b in zip(evals, evals[1:]):
         low, high = sorted((a["sample_rkl"], b["sample_rkl"]))
         if low <= level <= high and low < high:
             share = (level - a["sample_rkl"]) / (b["sample_rkl"] - a["sample_rkl"])
-            return tuple(a[name] + share * (b[name] - a[name]) for name in ("reward", "reward_se"))
+            reward = a["reward"] + share * (b["reward"] - a["reward"])
+            error = a["reward_se"] + share * (b["reward_se"] - a["reward_se"])
+            return reward, error
     return None
 
 
@@ -344,39 +401,61 @@ def table(results, levels):
     head = ["method", "reward", "KL(π ‖ π_ref)", "KL(π_ref ‖ π)", "entropy"]
     head += [f"reward at KL {level:g}" for level in levels] + ["seeds × samples"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+
+    # a line for each label: the last evaluation of its runs
     for label, runs in by_label(results).items():
         cells = [label]
         for name in SCORES:
-            cells.append("{:.3f} ± {:.3f}".format(*interval([r[name] for r in runs], [r[name + "_se"] for r in runs])))
+            values, errors = [r[name] for r in runs], [r[name + "_se"] for r in runs]
+            mean, half = interval(values, errors)
+            cells.append(f"{mean:.3f} ± {half:.3f}")
+
+        # not every run comes as far as every level
         for level in levels:
             reached = [reward_at(r["evals"], level) for r in runs]
             reached = [x for x in reached if x is not None]
-            cell = "{:.3f} ± {:.3f}".format(*interval(*zip(*reached))) if reached else "–"
+            cell = "–"
+            if reached:
+                rewards, errors = zip(*reached)
+                mean, half = interval(rewards, errors)
+                cell = f"{mean:.3f} ± {half:.3f}"
             if 0 < len(reached) < len(runs):
                 cell += f" ({len(reached)} of {len(runs)})"
             cells.append(cell)
-        lines.append("| " + " | ".join([*cells, f"{len(runs)} × {runs[0]['n']}"]) + " |")
+        cells.append(f"{len(runs)} × {runs[0]['n']}")
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
 def draw(results, path):
     """Two panels: reward against KL(policy || ref) at every evaluation (Figure 3a), and KL(ref || policy) of the chosen
     and of the rejected training responses over the steps (Figures 1, 3b, 3c); means over seeds."""
+    # drawn to a file, no window
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, (frontier, curves) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
     for number, (label, runs) in enumerate(by_label(results).items()):
-        # what there is at each evaluation of all seeds; the reference and models from elsewhere have one point
-        points = list(zip(*[r["evals"] or [r] for r in runs]))
-        x = [np.mean([e["sample_rkl"] for e in evals]) for evals in points]
-        y, error = zip(*[interval([e["reward"] for e in evals], [e["reward_se"] for e in evals]) for evals in points])
-        marker, size = ("o", 4) if len(points) > 1 else ("*", 12)
-        frontier.errorbar(x, y, error, marker=marker, ms=size, elinewidth=0.5, color=f"C{number % 10}", label=label)
+        color = f"C{number % 10}"
+        # a point for each evaluation, the mean of all seeds; the reference and models from elsewhere have one
+        x, y, errors = [], [], []
+        for evals in zip(*[r["evals"] or [r] for r in runs]):
+            x.append(np.mean([e["sample_rkl"] for e in evals]))
+            mean, half = interval([e["reward"] for e in evals], [e["reward_se"] for e in evals])
+            y.append(mean)
+            errors.append(half)
+        style = dict(marker="o", ms=4)
+        if len(x) == 1:
+            style = dict(marker="*", ms=12)
+        frontier.errorbar(x, y, errors, elinewidth=0.5, color=color, label=label, **style)
+
+        # the same for the curves
         blocks = list(zip(*[r["curves"] for r in runs]))
         steps = [block[0]["step"] for block in blocks]
-        for name, style in (("kl_l", "-"), ("kl_w", ":")):
-            curves.plot(steps, [np.mean([c[name] for c in block]) for block in blocks], style, color=f"C{number % 10}")
+        for name, line in (("kl_l", "-"), ("kl_w", ":")):
+            means = [np.mean([c[name] for c in block]) for block in blocks]
+            curves.plot(steps, means, line, color=color)
+
     # methods differ tenfold in their KLs, and all start at 0
     frontier.set(xlabel="KL(π ‖ π_ref) of samples, nats", ylabel="reward", title="reward against divergence")
     frontier.set_xscale("symlog", linthresh=1)
@@ -405,13 +484,20 @@ if __name__ == "__main__":
     writable(parser, args.out + ".json")
 
     # the runs' logs; the options tell runs of one label that differ in more than their seed
-    policies, references, settings, first = [], {}, {}, None
+    policies, references, settings = [], {}, {}
+    first = None
     own = ("seed", "init_from", "ref_from", "out_dir", "resume", "overwrite", "device", "compile", "micro_tokens",
            "wandb_log", "log_interval")
-    folders = [path for part in args.runs.split(",") for path in sorted(glob.glob(part)) or [part]]
-    for folder in map(os.path.normpath, folders):
+    folders = []
+    for part in args.runs.split(","):
+        folders += sorted(glob.glob(part)) or [part]
+    for folder in folders:
+        folder = os.path.normpath(folder)
+        path = os.path.join(folder, "options.json")
+        if folder.endswith(".json"):
+            path = folder
         try:
-            run = json.load(open(folder if folder.endswith(".json") else folder + "/options.json", encoding="utf-8"))
+            run = json.load(open(path, encoding="utf-8"))
         except (OSError, ValueError):
             parser.error(f"{folder} holds no run of train.py")
         if isinstance(run, list):           # this script's own
@@ -420,19 +506,22 @@ if __name__ == "__main__":
         if run["data"] not in TASKS or run["method"] == "sft":
             parser.error(f"{folder} has no reward: it trained {run['method']} on {run['data']}")
         first = first or run
+
+        # a line's name; a run that differs in more than its seed, or not even in that, has a line of its own
         label = run["method"]
         if run["method"] == "tdpo2":
             label += f" α={run['alpha']:g}"
         if run["beta"] != 0.1:
             label += f" β={run['beta']:g}"
         setting = {name: value for name, value in run.items() if name not in own}
-        # a run that differs in more than its seed, or not even in that, has a line of its own
         again = any(r["label"] == label and r["seed"] == run["seed"] for r in policies)
         if again or settings.setdefault(label, setting) != setting:
             label = folder
         reference, policy = from_log(folder, run, label)
         references.setdefault((reference["run"], run["seed"]), reference)
         policies.append(policy)
+
+    # one reference for each seed
     results = [*references.values(), *policies]
 
     # checkpoints anew, also those that were trained elsewhere
@@ -442,6 +531,7 @@ if __name__ == "__main__":
         reward = load_reward(args.reward or first["reward"], args.device)
         model, tokenizer = load_model(path, args.device)
         ref = load_reference(first["ref_from"] or first["init_from"], model, tokenizer)
+        # as that run took them, of the texts that it did not train on
         texts = load_texts(first["data"], first["texts"])
         prefixes = task_prefixes(texts, tokenizer, first["seed"], 0, args.eval_prefixes)["test"]
         scored = score_policy(model, ref, tokenizer, prefixes, reward, first["max_new_tokens"], args.seed)
@@ -449,8 +539,10 @@ if __name__ == "__main__":
         models = {"reference": ref, "policy": model}
         show_completions(models, tokenizer, prefixes[:3], reward, first["max_new_tokens"], args.seed)
 
+    # the numbers, a table of them, a figure
+    lines = [json.dumps(result, ensure_ascii=False) for result in results]
     with open(args.out + ".json", "w", encoding="utf-8") as f:
-        f.write("[" + ",\n".join(json.dumps(r, ensure_ascii=False) for r in results) + "]\n")
+        f.write("[" + ",\n".join(lines) + "]\n")
     print("\n" + "\n".join(table(results, args.at_kl)))
     print("\nmean ± half of a 95 % interval, over seeds or, where wider, over samples; KLs are sums over a response, "
           f"entropy a mean over its tokens, in nats. Wrote {args.out}.json")

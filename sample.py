@@ -44,10 +44,10 @@ if hasattr(sys.stdout, "reconfigure"):
 def parse(parser, argv=None):
     """argparse's options, with a nearest name for one that does not exist."""
     options, unknown = parser.parse_known_args(argv)
-    for word in unknown:
-        word = word.split("=")[0]
-        near = difflib.get_close_matches(word, parser._option_string_actions, 1, 0)
-        parser.error(f"unknown option {word}; did you mean {near[0]}? --help lists them all")
+    if unknown:
+        name = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(name, parser._option_string_actions, 1, 0)
+        parser.error(f"unknown option {name}; did you mean {near[0]}? --help lists them all")
     return options
 
 
@@ -66,21 +66,26 @@ def load_model(path, device="cpu", cls=AutoModelForCausalLM):
 
     Ends the program with one sentence where that fails. Code that a model brings along is never run.
     """
+    # every reason for which a model does not load: OSError, ValueError, KeyError, SafetensorError
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         model, info = cls.from_pretrained(path, trust_remote_code=False, dtype=torch.float32, output_loading_info=True)
-    except Exception as error:      # OSError, ValueError, KeyError, SafetensorError: every reason a model does not load
+    except Exception as error:
         hint = "" if os.path.isdir(path) else " (no local directory; without a hub name one, or use --data=reviews)"
         sys.exit(f"error: cannot load {path}: {type(error).__name__} {error}{hint}".replace("\n", " "))
-    kind, missing, unexpected = type(model).__name__, sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+
+    # transformers starts missing weights at random, and makes an empty tokenizer where a directory has none
+    kind = type(model).__name__
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing:
         sys.exit(f"error: {path}: {len(missing)} tensors of {kind} are not in its weights: {', '.join(missing[:3])}")
     if unexpected:
         print(f"warning: {path}: {kind} has no place for {len(unexpected)} of its tensors: {', '.join(unexpected[:3])}")
-    # transformers makes an empty tokenizer where a directory has no files of one
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         sys.exit(f"error: {path} has no tokenizer; save_pretrained writes one beside the model")
-    highest, known = max(tokenizer.get_vocab().values()), len(model.get_input_embeddings().weight)
+    # a token without an embedding would end the training
+    highest = max(tokenizer.get_vocab().values())
+    known = len(model.get_input_embeddings().weight)
     if highest >= known:
         sys.exit(f"error: {path}: its tokenizer has ids up to {highest}, its model knows {known} tokens; "
                  "resize_token_embeddings, and save both again")
@@ -90,6 +95,7 @@ def load_model(path, device="cpu", cls=AutoModelForCausalLM):
 def load_reference(path, model, tokenizer):
     """The frozen reference of a policy, on its device. The program ends where its tokens are not the policy's."""
     ref, ref_tokenizer = load_model(path, model.device)
+    # token by token: a KL compares the same entries
     same = len(ref.get_output_embeddings().weight) == len(model.get_output_embeddings().weight)
     if ref_tokenizer.get_vocab() != tokenizer.get_vocab() or not same:
         sys.exit(f"error: the reference {path} has another vocabulary than the policy; the KL needs the same in both")
@@ -113,8 +119,10 @@ def chat(tokenizer, messages, generation_prompt=True):
 
 def encode_prompt(tokenizer, text):
     """Token ids of a prompt, with BOS where the tokenizer adds one, never EOS; an empty prompt is one BOS (or EOS)."""
+    # a template has written its BOS already
     has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
     ids = tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
+    # some tokenizers close every text
     while ids and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
     if ids:
@@ -124,6 +132,7 @@ def encode_prompt(tokenizer, text):
 
 def response_text(tokenizer, prompt, response):
     """The response's ids as text: what they add to the decoded prompt, so that prompt + response reads as one text."""
+    # decoded alone, it could begin inside a character or lose a space
     start = tokenizer.decode(prompt, skip_special_tokens=True)
     return tokenizer.decode(prompt + response, skip_special_tokens=True)[len(start):]
 
@@ -135,43 +144,62 @@ def generate(model, tokenizer, prompts, max_new_tokens, num_samples=1, temperatu
     A response ends at the model's last position at the latest. Same seed, same responses; the caller's random state is
     untouched. On a GPU it samples in bf16. Under FSDP all processes call it, and all get what rank 0 has drawn.
     """
-    stop = model.generation_config.eos_token_id
-    stop = {tokenizer.eos_token_id, *(stop if isinstance(stop, list) else [stop])} - {None}
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    # a chat model may stop at other tokens, too
+    stop = {tokenizer.eos_token_id}
+    own_stop = model.generation_config.eos_token_id
+    if isinstance(own_stop, list):
+        stop.update(own_stop)
+    elif own_stop is not None:
+        stop.add(own_stop)
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = tokenizer.eos_token_id
     config = GenerationConfig(do_sample=True, temperature=temperature, top_p=top_p, top_k=0, pad_token_id=pad,
                               eos_token_id=sorted(stop))
+
+    # every prompt num_samples times; the longest go first, so that memory runs out at once or never
     positions = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     longest = max(map(len, prompts))
     if longest >= positions:
         sys.exit(f"error: a prompt of {longest} tokens leaves no room for a response within {positions} positions")
-
-    # the longest first, so that memory runs out at once or never
-    order = sorted(list(range(len(prompts))) * num_samples, key=lambda i: len(prompts[i]))
+    order = list(range(len(prompts))) * num_samples
+    order.sort(key=lambda i: len(prompts[i]))
     responses = [[] for _ in prompts]
-    sharded, gpus = isinstance(model, FSDPModule), [model.device] if model.device.type == "cuda" else []
+
     # the model's own habits, say a repetition penalty, would fill what config leaves open
-    own_config, model.generation_config = model.generation_config, GenerationConfig()
+    own_config = model.generation_config
+    model.generation_config = GenerationConfig()
+    sharded = isinstance(model, FSDPModule)
+    kind = model.device.type
+    gpus = [model.device] if kind == "cuda" else []
     bar = tqdm(total=len(order), desc="sampling", leave=False, disable=None)
-    with torch.random.fork_rng(gpus), torch.autocast(model.device.type, torch.bfloat16, enabled=bool(gpus)), bar:
+    with torch.random.fork_rng(gpus), torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
         torch.manual_seed(seed)
         while order:
+            # a batch of prompts, padded on the left
             width = len(prompts[order[-1]])
             count = max(1, min(512, 2**15 // (width + max_new_tokens)))
             batch, order = order[-count:], order[:-count]
             ids = [torch.tensor(prompts[i]) for i in batch]
-            mask = pad_sequence([torch.ones_like(x) for x in ids], True, 0, "left").to(model.device)
+            mask = [torch.ones_like(x) for x in ids]
+            mask = pad_sequence(mask, True, 0, "left").to(model.device)
             ids = pad_sequence(ids, True, pad, "left").to(model.device)
             config.max_new_tokens = min(max_new_tokens, positions - width)
             out = model.generate(ids, attention_mask=mask, generation_config=config, synced_gpus=sharded)[:, width:]
+
             # processes that draw one token apart would drift further apart
             if sharded:
                 missing = config.max_new_tokens - out.shape[1]
-                out = torch.nn.functional.pad(out, (0, missing), value=config.eos_token_id[0]).contiguous()
+                out = torch.nn.functional.pad(out, (0, missing), value=config.eos_token_id[0])
+                out = out.contiguous()
                 dist.broadcast(out, 0)
+
+            # what follows the first EOS is padding
             for i, new in zip(batch, out.tolist()):
                 end = next((t for t, token in enumerate(new) if token in stop), len(new))
                 responses[i].append(new[:end + 1])
             bar.update(len(batch))
+    bar.close()
     model.generation_config = own_config
     return responses
 
@@ -184,28 +212,39 @@ def response_stats(model, ref, prompts, responses):
     mean of -log p(token); kl = KL(ref || model) as in Eq. 10 and reverse_kl are sums over tokens, 0 without ref.
     """
     result = {name: np.zeros(len(prompts)) for name in ("entropy", "surprisal", "kl", "reverse_kl")}
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
+    vocabulary = len(model.get_output_embeddings().weight)
+    # tokens of each sequence
+    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
+    order = sorted(range(len(prompts)), key=lambda i: lengths[i])
     with tqdm(total=len(order), desc="measuring", leave=False, disable=None) as bar:
         while order:
             # the largest first, in batches of bounded logits; padding behind a text changes nothing before it
-            longest = len(prompts[order[-1]]) + len(responses[order[-1]])
-            count = max(1, min(256, 2**26 // (longest * len(model.get_output_embeddings().weight))))
+            count = max(1, min(256, 2**26 // (lengths[order[-1]] * vocabulary)))
             batch, order = order[-count:], order[:-count]
             ids = [torch.tensor(prompts[i] + responses[i]) for i in batch]
             labels = [torch.tensor([-100] * len(prompts[i]) + responses[i]) for i in batch]
             ids = pad_sequence(ids, True).to(model.device)
-            # logits at t predict token t + 1
-            labels = pad_sequence(labels, True, -100).to(model.device)[:, 1:]
+            labels = pad_sequence(labels, True, -100).to(model.device)
 
+            # logits at t predict token t + 1
+            labels = labels[:, 1:]
             logits = model(ids, use_cache=False).logits[:, :-1].float()
-            ref_logits = logits if ref is None else ref(ids, use_cache=False).logits[:, :-1]
+            ref_logits = logits
+            if ref is not None:
+                ref_logits = ref(ids, use_cache=False).logits[:, :-1]
             tokens = token_stats(logits, ref_logits, labels)
             logp = logits.log_softmax(-1)
-            entropy = -(logp.exp() * logp.clamp(min=-1e4)).sum(-1) * (labels != -100)
-            lengths = (labels != -100).sum(1)
-            sums = [x.sum(1) for x in (entropy, -tokens.logp, tokens.kl, tokens.rkl)]
-            for name, x in zip(result, (sums[0] / lengths, sums[1] / lengths, sums[2], sums[3])):
-                result[name][batch] = x.cpu()
+            entropy = -(logp.exp() * logp.clamp(min=-1e4)).sum(-1)
+
+            # sums over response tokens, and means of them
+            response = labels != -100
+            n_tokens = response.sum(1)
+            entropy = (entropy * response).sum(1)
+            surprisal = -tokens.logp.sum(1)
+            result["entropy"][batch] = (entropy / n_tokens).cpu()
+            result["surprisal"][batch] = (surprisal / n_tokens).cpu()
+            result["kl"][batch] = tokens.kl.sum(1).cpu()
+            result["reverse_kl"][batch] = tokens.rkl.sum(1).cpu()
             bar.update(len(batch))
     return result
 
@@ -213,11 +252,15 @@ def response_stats(model, ref, prompts, responses):
 def ratio_mean(values, weights, groups):
     """(mean, its standard error over groups) of values. weights: tokens, for a mean over tokens; groups: prompts."""
     values = np.asarray(values)
-    weights = np.ones(len(values)) if weights is None else np.asarray(weights)
+    if weights is None:
+        weights = np.ones(len(values))
+    weights = np.asarray(weights)
     mean = np.average(values, weights=weights)
+    # a ratio of sums over groups, linearized
     spread = np.bincount(groups, weights * (values - mean))
     n = len(spread)
-    return float(mean), float(np.sqrt((spread**2).sum() * n / max(1, n - 1)) / weights.sum())
+    variance = (spread**2).sum() * n / max(1, n - 1)
+    return float(mean), float(np.sqrt(variance) / weights.sum())
 
 
 # -----------------------------------------------------------------------------
@@ -228,13 +271,18 @@ def read_rows(path, columns):
     """The rows of a .jsonl file, or the lines of a .txt file as {"prompt": line}. A row that lacks one of the columns,
     {name: type}, ends the program."""
     rows = []
+    # n is the line that an error is about
     try:
         for n, line in enumerate(open(path, encoding="utf-8-sig"), 1):
-            if line.strip():
-                row = {"prompt": line.strip()} if path.endswith(".txt") else json.loads(line)
-                if not all(isinstance(row[name], kind) for name, kind in columns.items()):
+            if not line.strip():
+                continue
+            row = {"prompt": line.strip()}
+            if not path.endswith(".txt"):
+                row = json.loads(line)
+            for name, kind in columns.items():
+                if not isinstance(row[name], kind):
                     raise TypeError
-                rows.append(row)
+            rows.append(row)
     except OSError as error:
         sys.exit(f"error: {error}")
     except (ValueError, LookupError, TypeError, RecursionError):
@@ -247,26 +295,35 @@ def read_rows(path, columns):
 def write_samples(args, model, tokenizer, ref, texts):
     """Responses of the reference and of the policy side by side, each a line of args.out; then the means."""
     prompts = [encode_prompt(tokenizer, text) for text in texts]
+    # response n is one to prompt index[n]
     index = np.repeat(range(len(prompts)), args.num_samples)
-    rows, shown, means = [], [[] for _ in texts], []
-    for name, m in (("reference", ref), ("policy", model)):
-        if m is None:
-            continue
+    models = {"policy": (model, ref)}
+    if ref is not None:
+        models = {"reference": (ref, None), **models}
+    rows, means = [], []
+    shown = [[] for _ in texts]
+    for name, (m, against) in models.items():
         drawn = generate(m, tokenizer, prompts, args.max_new_tokens, args.num_samples, args.temperature, args.top_p,
                          args.seed)
         responses = [response for group in drawn for response in group]
-        stats = response_stats(m, None if m is ref else ref, [prompts[i] for i in index], responses)
-        lengths = [len(response) for response in responses]
+        stats = response_stats(m, against, [prompts[i] for i in index], responses)
+
+        # a row for each response
         for n, i in enumerate(index):
             text = response_text(tokenizer, prompts[i], responses[n])
             shown[i].append(f"  {name:9} |{text}")
             measured = {key: float(values[n]) for key, values in stats.items()}
-            rows.append(dict(prompt=texts[i], model=name, response=text, tokens=lengths[n], **measured))
+            rows.append(dict(prompt=texts[i], model=name, response=text, tokens=len(responses[n]), **measured))
+
+        # a line for each model: means over tokens, or over responses
+        lengths = np.array([len(response) for response in responses])
         line = f"{name:9} | {len(responses)} responses"
         for key, weights in (("entropy", lengths), ("surprisal", lengths), ("kl", None), ("reverse_kl", None)):
-            line += " | {} {:.4f} ± {:.4f}".format(key, *ratio_mean(stats[key], weights, index))
+            mean, error = ratio_mean(stats[key], weights, index)
+            line += f" | {key} {mean:.4f} ± {error:.4f}"
         means.append(line)
 
+    # the file, then the screen
     with open(args.out, "w", encoding="utf-8") as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     for text, lines in zip(texts, shown):
@@ -277,10 +334,12 @@ def write_samples(args, model, tokenizer, ref, texts):
 
 def write_answers(args, model, tokenizer, rows):
     """Answers to MT-bench's questions (all turns) or AlpacaEval's instructions, in the form that the judge reads."""
+    bench = args.format == "mt_bench"
+    turns = [row["turns"] if bench else [row["instruction"]] for row in rows]
+    # a turn of all questions at a time
     histories = [[] for _ in rows]
-    turns = [row["turns"] if args.format == "mt_bench" else [row["instruction"]] for row in rows]
     for turn in range(max(map(len, turns))):
-        # the questions that have such a turn, each with the answers so far before it
+        # the questions that have such a turn, each behind the answers so far
         active = [n for n in range(len(rows)) if turn < len(turns[n])]
         prompts = []
         for n in active:
@@ -297,13 +356,17 @@ def write_answers(args, model, tokenizer, rows):
     answers = []
     for row, history in zip(rows, histories):
         replies = [message["content"] for message in history[1::2]]
-        if args.format == "mt_bench":
-            answers.append(dict(question_id=row["question_id"], answer_id=uuid.uuid4().hex, model_id=name,
-                                choices=[dict(index=0, turns=replies)], tstamp=time.time()))
+        if bench:
+            answers.append({
+                "question_id": row["question_id"], "answer_id": uuid.uuid4().hex, "model_id": name,
+                "choices": [{"index": 0, "turns": replies}], "tstamp": time.time(),
+            })
         else:
-            answers.append(dict(instruction=row["instruction"], output=replies[0], generator=name))
+            answers.append({"instruction": row["instruction"], "output": replies[0], "generator": name})
+
+    # lines of JSON for one, a list for the other
     with open(args.out, "w", encoding="utf-8") as f:
-        if args.format == "mt_bench":
+        if bench:
             f.writelines(json.dumps(answer) + "\n" for answer in answers)
         else:
             json.dump(answers, f, indent=1)
@@ -328,7 +391,10 @@ if __name__ == "__main__":
     parser.add_argument("--device", default=DEVICES[0], choices=DEVICES)
     parser.add_argument("--out", default="", help="file to write or replace; default: samples.jsonl in --model")
     args = parse(parser)
-    folder, judged = args.model if os.path.isdir(args.model) else ".", args.format != "samples"
+
+    # what belongs together
+    folder = args.model if os.path.isdir(args.model) else "."
+    judged = args.format != "samples"
     held_out = os.path.join(folder, "prompts.jsonl")
     for fails, message in (
         (judged and not (args.prompts and args.out), f"--format={args.format} needs --prompts and --out"),
@@ -344,26 +410,37 @@ if __name__ == "__main__":
             parser.error(message)
     args.out = writable(parser, args.out or os.path.join(folder, "samples.jsonl"))
 
-    # prompts; then the models, and by default the reference that the checkpoint was trained against
-    columns = {"prompt": (str, list)}
-    if judged:
-        columns = {"question_id": object, "turns": list} if args.format == "mt_bench" else {"instruction": str}
-    rows = [{"prompt": args.prompt}] if args.prompt else read_rows(args.prompts or held_out, columns)
+    # prompts, and the model
+    columns = {"samples": {"prompt": (str, list)}, "alpaca_eval": {"instruction": str},
+               "mt_bench": {"question_id": object, "turns": list}}
+    if args.prompt:
+        rows = [{"prompt": args.prompt}]
+    else:
+        rows = read_rows(args.prompts or held_out, columns[args.format])
     rows = rows[:args.num_prompts or None]
     model, tokenizer = load_model(args.model, args.device)
     if judged:
         write_answers(args, model, tokenizer, rows)
-    else:
-        texts = []
-        for n, row in enumerate(rows, 1):
+        sys.exit()
+
+    # messages go through the chat template
+    texts = []
+    for n, row in enumerate(rows, 1):
+        text = row["prompt"]
+        if isinstance(text, list):
             try:
-                texts.append(chat(tokenizer, row["prompt"]) if isinstance(row["prompt"], list) else row["prompt"])
+                text = chat(tokenizer, text)
             except ValueError as error:
                 sys.exit(f"error: {args.prompts} row {n} {error}")
-        options = os.path.join(folder, "options.json")
-        if not args.ref and os.path.exists(options):
-            run = json.load(open(options, encoding="utf-8"))
-            if run["method"] != "sft":
-                args.ref = run["ref_from"] or run["init_from"]
-        ref = load_reference(args.ref, model, tokenizer) if args.ref else None
-        write_samples(args, model, tokenizer, ref, list(dict.fromkeys(texts)))
+        texts.append(text)
+
+    # by default the reference is the one that the checkpoint was trained against
+    options = os.path.join(folder, "options.json")
+    if not args.ref and os.path.exists(options):
+        run = json.load(open(options, encoding="utf-8"))
+        if run["method"] != "sft":
+            args.ref = run["ref_from"] or run["init_from"]
+    ref = None
+    if args.ref:
+        ref = load_reference(args.ref, model, tokenizer)
+    write_samples(args, model, tokenizer, ref, list(dict.fromkeys(texts)))

@@ -132,6 +132,7 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4
 def configure(argv):
     """The run's options: the globals above, then the task's presets, then --key=value; of a resumed run its own.
     A mistake ends the program with one sentence and exit code 2."""
+    # a knob's help is the comment behind it
     knobs = open(__file__, encoding="utf-8").read().split("# ---------")[1]
     knobs = dict(re.findall(r"^(\w+) = .*?  +# (.*)$", knobs, re.M))
     defaults = {name: globals()[name] for name in knobs}
@@ -155,14 +156,16 @@ def configure(argv):
     preset = PRESETS.get(c.data, {})
     if c.method == "sft":
         preset = {**preset, **PRESETS.get(c.data + " sft", {})}
+    # out/pairs-tdpo2 of some/pairs.jsonl
     stem = os.path.splitext(os.path.basename(c.data))[0]
     folder = os.path.normpath(c.out_dir or f"out/{stem}-{c.method}")
     changed = []
     if c.resume:
         try:
             preset = json.load(open(os.path.join(folder, "options.json"), encoding="utf-8"))
-            if {name: type(x) for name, x in preset.items()} != {name: type(x) for name, x in defaults.items()}:
-                raise ValueError("options.json is another version's")
+            for name in preset.keys() | defaults.keys():
+                if type(preset.get(name)) is not type(defaults.get(name)):
+                    raise ValueError("options.json is another version's")
         except (OSError, ValueError, AttributeError) as error:
             parser.error(f"--resume=True: {folder} holds no run that can go on: {error}")
         preset.update(resume=True, overwrite=False)
@@ -179,14 +182,17 @@ def configure(argv):
         "max_prompt_length truncation": not (task and sft),
         "reward train_prefixes eval_prefixes completions max_new_tokens min_score_gap": task and not sft,
     }
-    ignored = [name for names, used in users.items() for name in names.split() if name in given and not used]
+    ignored = []
+    for names, used in users.items():
+        ignored += [name for name in names.split() if name in given and not used]
     least = dict(batch_size=1, eval_pairs=1, max_prompt_length=1, train_prefixes=1, max_new_tokens=1, log_interval=1,
                  completions=2, eval_prefixes=2, beta=1e-30, learning_rate=1e-30)
-    wrong = [name for name, x in vars(c).items() if type(x) in (int, float) and not least.get(name, 0) <= x < 2**63]
+    numbers = {name: x for name, x in vars(c).items() if type(x) in (int, float)}
+    wrong = [name for name, x in numbers.items() if not least.get(name, 0) <= x < 2**63]
 
     # what belongs together
-    starts = [path for path in (c.init_from, c.ref_from) if os.path.isdir(path) and os.path.isdir(folder)]
-    holds = any(os.path.exists(os.path.join(folder, x)) for x in ("options.json", "state.pt", "config.json"))
+    holds = [x for x in ("options.json", "state.pt", "config.json") if os.path.exists(os.path.join(folder, x))]
+    starts = [os.path.realpath(path) for path in (c.init_from, c.ref_from) if os.path.isdir(path)]
     for fails, message in (
         (changed, f"--{' --'.join(changed)} would change the run in {folder}; leave it out, or name another --out_dir"),
         (ignored, f"--{' --'.join(ignored)} would be ignored with --method={c.method} --data={c.data}"),
@@ -195,7 +201,7 @@ def configure(argv):
         (not c.init_from, f"--data={c.data} needs a model: --init_from=DIRECTORY or a hub id"),
         (c.init_from == "scratch" and c.data != "reviews", "scratch is the untrained model of --data=reviews"),
         (c.wandb_log and not importlib.util.find_spec("wandb"), "--wandb_log=True: pip install wandb, or leave it out"),
-        (any(os.path.samefile(x, folder) for x in starts), f"--out_dir={folder} is a model that the run starts from"),
+        (os.path.realpath(folder) in starts, f"--out_dir={folder} is a model that the run starts from"),
         (c.resume and c.overwrite, "--resume=True and --overwrite=True contradict each other"),
         (holds and not c.resume and not c.overwrite, f"--out_dir={folder} holds another run: --resume=True continues "
          "it, --overwrite=True replaces it, another --out_dir keeps it"),
@@ -212,6 +218,7 @@ def configure(argv):
 def read_rows(source, split):
     """[(where, row)] of a .jsonl, .json, .parquet or .csv file, or of a hub dataset's split. A row is a dict, or a str
     that says what is wrong with it. A source that cannot be read ends the program with one sentence."""
+    # all but .jsonl by datasets
     kind = os.path.splitext(source)[1][1:]
     try:
         if kind != "jsonl":
@@ -248,7 +255,9 @@ def render(row, tokenizer):
     ValueError: what is wrong with the row."""
     if isinstance(row, str):
         raise ValueError(row)
-    prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
+    prompt = row.get("prompt")
+    chosen = row.get("chosen")
+    rejected = row.get("rejected")
     turn = "\n\nAssistant:"
     if isinstance(chosen, list) and isinstance(rejected, list):
         prompt, chosen, rejected = render_messages(prompt, chosen, rejected, tokenizer)
@@ -257,6 +266,8 @@ def render(row, tokenizer):
         if not rejected.startswith(prompt):
             raise ValueError("has two transcripts that differ before the last assistant turn")
         chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]
+
+    # whatever it was, it is text now
     for name, text in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
         if not isinstance(text, str):
             raise ValueError(f"has no text in {name!r}; its columns are {', '.join(map(str, row))}")
@@ -271,15 +282,20 @@ def render(row, tokenizer):
 
 def render_messages(prompt, chosen, rejected, tokenizer):
     """The same of chat messages, through the model's template; the prompt is what both conversations begin with."""
-    if isinstance(prompt, str) and not any(m.get("role") == "user" for m in chosen if isinstance(m, dict)):
+    # conversations that hold the prompt's turns already have no need of it as text
+    roles = [message.get("role") for message in chosen if isinstance(message, dict)]
+    if isinstance(prompt, str) and "user" not in roles:
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, list):
         chosen, rejected = prompt + chosen, prompt + rejected
+    # turns that both begin with
     shared = 0
     while chosen[shared:] and rejected[shared:] and chosen[shared] == rejected[shared]:
         shared += 1
     if not chosen[shared:] or not rejected[shared:]:
         raise ValueError("has identical or empty responses")
+
+    # a response is what the template puts behind the prompt, up to the EOS that tokenize adds
     prompt = chat(tokenizer, chosen[:shared])
     responses = []
     for messages in (chosen, rejected):
@@ -287,7 +303,6 @@ def render_messages(prompt, chosen, rejected, tokenizer):
         if not text.startswith(prompt):
             raise ValueError("has a response that, in the chat template, does not continue the prompt")
         text = text[len(prompt):]
-        # it comes back when the response is tokenized
         if tokenizer.eos_token in text:
             text = text.rpartition(tokenizer.eos_token)[0]
         responses.append(text)
@@ -316,10 +331,12 @@ def hold_out(pairs, eval_pairs, seed):
     """(pairs to train on, held-out pairs): those of a tenth of the prompts, so that no prompt is in both."""
     prompts = sorted({pair[1] for pair in pairs})
     count = max(1, min(eval_pairs, len(prompts) // 10))
-    held = {prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))[:count]}
+    order = np.random.default_rng(seed).permutation(len(prompts))
+    held = {prompts[i] for i in order[:count]}
     if len(held) == len(prompts):
         sys.exit("error: all pairs share one prompt, so none can be held out; name held-out pairs with --eval_data")
-    return [pair for pair in pairs if pair[1] not in held], [pair for pair in pairs if pair[1] in held]
+    rest = [pair for pair in pairs if pair[1] not in held]
+    return rest, [pair for pair in pairs if pair[1] in held]
 
 
 def tokenize(pairs, tokenizer, max_length, max_prompt_length, truncation):
@@ -328,15 +345,21 @@ def tokenize(pairs, tokenizer, max_length, max_prompt_length, truncation):
     As in DPO, a pair over max_length first loses prompt, down to max_prompt_length, then the ends of its responses; one
     whose responses then no longer differ is left out.
     """
-    examples, names, truncated = [], [], 0
+    examples, names = [], []
+    truncated = 0
     for where, prompt, *responses in tqdm(pairs, desc="tokenizing", leave=False, disable=None):
         prompt = encode_prompt(tokenizer, prompt)
-        chosen, rejected = (tokenizer(x, add_special_tokens=False)["input_ids"] for x in responses)
+        chosen, rejected = tokenizer(responses, add_special_tokens=False)["input_ids"]
         chosen.append(tokenizer.eos_token_id)
         rejected.append(tokenizer.eos_token_id)
+
+        # too long: first the prompt gives way, then both responses
         if len(prompt) + max(len(chosen), len(rejected)) > max_length:
             truncated += 1
-            prompt = prompt[-max_prompt_length:] if truncation == "left" else prompt[:max_prompt_length]
+            if truncation == "left":
+                prompt = prompt[-max_prompt_length:]
+            else:
+                prompt = prompt[:max_prompt_length]
             room = max_length - len(prompt)
             chosen, rejected = chosen[:room], rejected[:room]
         if chosen != rejected:
@@ -356,6 +379,7 @@ def tokenize_texts(texts, tokenizer, max_length):
 
 def fingerprint(examples, model):
     """A short hash of examples (token ids) and of a model's weights (every thousandth)."""
+    # what the run trains on, and from
     digest = hashlib.sha256(repr(examples).encode())
     for p in model.parameters():
         digest.update(p.detach().flatten()[::1000].contiguous().float().cpu().numpy())
@@ -381,6 +405,7 @@ def size(example):
 
 def pack(lengths, row_length):
     """Rows (lists of indices) whose lengths sum to at most row_length: first fit, longest first."""
+    # free: places left in each row
     rows, free = [], []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         fitting = [r for r, space in enumerate(free) if space >= lengths[i]]
@@ -399,13 +424,16 @@ def collate(examples, length=0, device="cpu", attention="pairs"):
     ids, position, row_pair, part = [], [], [], []
     source, labels, pair, chosen = [], [], [], []
     for n, (prompt, *responses) in enumerate(examples):
+        # the prompt, once
         ids += prompt
         position += range(len(prompt))
         row_pair += [n] * size(examples[n])
         part += [0] * len(prompt)
         last = len(ids) - 1
+
+        # its responses; SFT has no rejected one
         for k, response in enumerate(responses, 1):
-            if not response:                # SFT has no rejected one
+            if not response:
                 continue
             source += [last, *range(len(ids), len(ids) + len(response) - 1)]
             labels += response
@@ -415,12 +443,16 @@ def collate(examples, length=0, device="cpu", attention="pairs"):
             position += range(len(prompt), len(prompt) + len(response) - 1)
             part += [k] * (len(response) - 1)
     padding = max(0, length - len(ids))
+    ids += [0] * padding
+    position += [0] * padding
     row_pair += [-1] * padding
-    columns = [ids + [0] * padding, position + [0] * padding, row_pair, part + [0] * padding, source, labels]
+    part += [0] * padding
 
     # pinned, or the copy may wait for what the device is doing
     pin = torch.device(device).type == "cuda"
-    columns = [torch.tensor(x, pin_memory=pin).to(device, non_blocking=pin) for x in columns]
+    columns = []
+    for x in (ids, position, row_pair, part, source, labels):
+        columns.append(torch.tensor(x, pin_memory=pin).to(device, non_blocking=pin))
     ids, position, row_pair, part, source, labels = columns
     arguments = attention_arguments(row_pair, part, [size(example) for example in examples], attention)
     return dict(ids=ids[None], position=position[None], source=source, labels=labels, pair=torch.tensor(pair),
@@ -437,7 +469,8 @@ def additive_mask(pair, part):
     """`sees` as (L, L) floats to be added to attention scores: 0 where visible, the lowest number elsewhere."""
     token = torch.arange(len(pair), device=pair.device)
     hidden = ~sees(token[:, None], token, pair, part)
-    return torch.zeros(hidden.shape, device=pair.device).masked_fill(hidden, torch.finfo(torch.float32).min)
+    mask = torch.zeros(hidden.shape, device=pair.device)
+    return mask.masked_fill(hidden, torch.finfo(torch.float32).min)
 
 
 def attention_arguments(pair, part, sizes, how):
@@ -450,7 +483,8 @@ def attention_arguments(pair, part, sizes, how):
             return sees(q, k, pair, part)
         layout = create_block_mask(mask, None, None, len(pair), len(pair), device=pair.device)
     else:
-        layout = sizes, [additive_mask(*x) for x in zip(pair.split(sizes), part.split(sizes))], {}
+        masks = [additive_mask(*x) for x in zip(pair.split(sizes), part.split(sizes))]
+        layout = sizes, masks, {}
     # with a mask at hand, if only of one element, the model makes none of its own
     return {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=pair.device), "layout": layout}
 
@@ -472,14 +506,17 @@ def pair_attention(module, query, key, value, attention_mask, layout=None, scali
 
     # the heads that share a key and value lie one under another; the first layer makes their masks
     sizes, masks, ready = layout
-    heads, groups, width = query.shape[1], key.shape[1], query.shape[-1]
+    heads, groups = query.shape[1], key.shape[1]
+    width = query.shape[-1]
     kind = value.dtype, heads // groups
     if kind not in ready:
         ready[kind] = [mask.to(value.dtype).repeat(heads // groups, 1) for mask in masks]
     out = []
-    for q, k, v, mask in zip(query[0].split(sizes, 1), key[0].split(sizes, 1), value[0].split(sizes, 1), ready[kind]):
+    queries, keys, values = (x[0].split(sizes, 1) for x in (query, key, value))
+    for q, k, v, mask in zip(queries, keys, values, ready[kind]):
         scores = torch.baddbmm(mask, q.reshape(groups, -1, width), k.mT, alpha=scaling or width**-0.5)
-        out.append((scores.softmax(-1) @ v).view(heads, -1, v.shape[-1]).transpose(0, 1))
+        attended = scores.softmax(-1) @ v
+        out.append(attended.view(heads, -1, v.shape[-1]).transpose(0, 1))
     return torch.cat(out)[None], None
 
 
@@ -519,6 +556,8 @@ def packing_error(model, examples, attention):
     for name in ("sliding_window", "attention_chunk_size"):
         if (getattr(config, name, None) or longest) < longest:
             return f"its {name} of {getattr(config, name)} tokens is shorter than a prompt and response of {longest}"
+
+    # one row, and every sequence by itself
     length = 0
     if attention == "flex":
         length = math.ceil(sum(map(size, examples)) / 128) * 128
@@ -531,7 +570,8 @@ def packing_error(model, examples, attention):
                 ids = torch.tensor([prompt + response[:-1]], device=model.device)
                 alone.append(model(ids, use_cache=False).logits[0, len(prompt) - 1:].float())
         alone = torch.cat(alone)
-        gap = ((packed - alone).abs().amax(1) / alone.std(1).clamp(min=1e-6)).max()
+        gap = (packed - alone).abs().amax(1) / alone.std(1).clamp(min=1e-6)
+        gap = gap.max()
     except Exception as error:      # models raise what they like at arguments that they do not know
         return str(error).split("\n")[0]
     if not gap < 1e-3:
@@ -586,8 +626,10 @@ def total(x):
 
 def shard(model, device, compiled):
     """Spread a model over all processes, block by block (FSDP2), each block compiled where asked."""
+    # blocks first: each gathers its own weights while it computes
     mesh = init_device_mesh(device, (dist.get_world_size(),))
-    for block in [m for m in model.modules() if type(m).__name__ in model._no_split_modules]:
+    blocks = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
+    for block in blocks:
         if compiled:
             block.compile(dynamic=False)
         fully_shard(block, mesh=mesh)
@@ -607,7 +649,8 @@ def save(folder, model, tokenizer, optimizer, step, data):
     try:
         shutil.rmtree(new, ignore_errors=True)
         os.makedirs(new)
-        torch.save(dict(step=step, data=data, weights=weights, optimizer=state), os.path.join(new, "state.pt"))
+        state = dict(step=step, data=data, weights=weights, optimizer=state)
+        torch.save(state, os.path.join(new, "state.pt"))
         model.save_pretrained(new, state_dict=weights)
         tokenizer.save_pretrained(new)
         for path in glob.glob(glob.escape(new) + "/**", recursive=True):
@@ -619,7 +662,9 @@ def save(folder, model, tokenizer, optimizer, step, data):
         shutil.rmtree(new, ignore_errors=True)
         sys.exit(f"error: step {step} could not be saved in {folder}: {error}. What was saved there before is whole: "
                  "make room, and continue with --resume=True")
-    for name in sorted(os.listdir(new), key=lambda name: name != "state.pt"):
+    names = os.listdir(new)
+    names.remove("state.pt")
+    for name in ["state.pt", *names]:
         target = os.path.join(folder, name)
         if os.path.isdir(target):
             shutil.rmtree(target)
@@ -640,9 +685,10 @@ def load_state(folder):
 def start_log(folder, options, step, resume):
     """The open log of a run, and its options.json. A resumed log keeps its lines up to the step; a new run removes the
     checkpoint of the one that it replaces, so none ever lies beside another run's log."""
-    lines = []
+    log = ""
     if resume:
-        lines = [json.dumps(record) + "\n" for record in eval_imdb.read_log(folder, step)]
+        for record in eval_imdb.read_log(folder, step):
+            log += json.dumps(record) + "\n"
     else:
         for pattern in CHECKPOINT:
             for path in glob.glob(os.path.join(glob.escape(folder), pattern)):
@@ -650,7 +696,8 @@ def start_log(folder, options, step, resume):
                     shutil.rmtree(path)
                 else:
                     os.remove(path)
-    for name, text in (("options.json", json.dumps(options, indent=1)), ("log.jsonl", "".join(lines))):
+    # a kill leaves the old ones or the new ones, never a part
+    for name, text in (("options.json", json.dumps(options, indent=1)), ("log.jsonl", log)):
         path = os.path.join(folder, name)
         with open(path + ".new", "w", encoding="utf-8") as f:
             f.write(text)
@@ -669,7 +716,10 @@ def permutation(n, seed, epoch):
 
 def step_indices(step, batch_size, n, seed):
     """The pairs of a step: the next batch_size of an endless stream of permutations of n, each from (seed, epoch)."""
-    return [int(permutation(n, seed, k // n)[k % n]) for k in range(step * batch_size, (step + 1) * batch_size)]
+    indices = []
+    for k in range(step * batch_size, (step + 1) * batch_size):
+        indices.append(int(permutation(n, seed, k // n)[k % n]))
+    return indices
 
 
 def preference_metrics(stats):
@@ -696,6 +746,7 @@ if __name__ == "__main__":
     # options, processes, device
     started = time.time()
     options = configure(sys.argv[1:])
+    # from here on the globals above are this run's
     globals().update(options)
     rank, world = join_processes()
     if rank == 0:
@@ -735,7 +786,8 @@ if __name__ == "__main__":
             print("the SFT model first: python train.py " + " ".join(command), flush=True)
             # and so ends that run, too
             signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-            if subprocess.run([sys.executable, __file__, *command], env={**os.environ, "WORLD_SIZE": "1"}).returncode:
+            done = subprocess.run([sys.executable, __file__, *command], env={**os.environ, "WORLD_SIZE": "1"})
+            if done.returncode:
                 sys.exit("error: the SFT run failed")
             os.rename(init_from + "-new", init_from)
 
@@ -749,6 +801,8 @@ if __name__ == "__main__":
     if not sft:
         ref = load_reference(ref_from or init_from, model, tokenizer)
         models[ref_from or "the reference"] = ref
+
+    # what the model has to have
     positions = getattr(model.config, "max_position_embeddings", None) or max_length
     if max_length > positions:
         sys.exit(f"error: --max_length={max_length} is more than the {positions} positions of {init_from}; lower it")
@@ -770,14 +824,18 @@ if __name__ == "__main__":
             held_pairs = read_pairs(eval_data or "hh", tokenizer, "test", bad_rows)
         else:
             pairs, held_pairs = hold_out(pairs, eval_pairs, seed)
-        held_pairs = [held_pairs[i] for i in np.random.default_rng(seed).permutation(len(held_pairs))[:eval_pairs]]
+        order = np.random.default_rng(seed).permutation(len(held_pairs))
+        held_pairs = [held_pairs[i] for i in order[:eval_pairs]]
         examples, names, truncated = tokenize(pairs, tokenizer, max_length, max_prompt_length, truncation)
         held_out, _, _ = tokenize(held_pairs, tokenizer, max_length, max_prompt_length, truncation)
         dropped = len(pairs) - len(examples)
-        prompts = prefixes["test"] if task else [prompt for _, prompt, _, _ in held_pairs]
+        prompts = [prompt for _, prompt, _, _ in held_pairs]
+        if task:
+            prompts = prefixes["test"]
     if not examples or not held_out:
         sys.exit(f"error: no {'held-out' if examples else 'training'} pair is left: within --max_length={max_length} "
                  "no two responses differ as tokens; raise it, or take a tokenizer that knows these words")
+    # SFT has no use for the rejected
     if sft:
         examples = [(prompt, chosen, []) for prompt, chosen, _ in examples]
         held_out = [(prompt, chosen, []) for prompt, chosen, _ in held_out]
@@ -786,12 +844,13 @@ if __name__ == "__main__":
     # takes most of a row: GPT-Neo's local attention counts places in a row
     longest = max(examples + held_out, key=lambda e: len(e[0]) + max(len(e[1]), len(e[2])))
     largest = max(examples + held_out, key=size)
-    preferred = "flex" if place == "cuda" else "pairs"
-    # rows of one length, so that the model compiles once
-    if compiled and device != "cuda":
-        preferred = "mask"
-    attention = choose_attention(models, [examples[0], longest], preferred)
-    attention = choose_attention(models, [examples[0], largest], attention)
+    attention = "pairs"
+    if place == "cuda":
+        attention = "flex"
+    elif compiled and device != "cuda":                 # rows of one length, so that the model compiles once
+        attention = "mask"
+    for probe in (longest, largest):
+        attention = choose_attention(models, [examples[0], probe], attention)
     if device == "cuda" and attention == "pairs":       # it was looked at on the CPU
         attention = "flex"
 
@@ -817,6 +876,7 @@ if __name__ == "__main__":
     if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
         n_body -= vocabulary * width
     for m in models.values():
+        # several processes compile block by block
         if world > 1:
             shard(m, device, compiled)
         body = torch.compile(m.base_model, dynamic=False) if compiled and world == 1 else m.base_model
@@ -870,8 +930,10 @@ if __name__ == "__main__":
     if rank == 0:
         log = start_log(out_dir, options, step, resume)
     if rank == 0 and prompts:
+        # for sample.py
         with open(os.path.join(out_dir, "prompts.jsonl"), "w", encoding="utf-8") as f:
-            f.writelines(json.dumps({"prompt": prompt}) + "\n" for prompt in dict.fromkeys(prompts))
+            for prompt in dict.fromkeys(prompts):
+                f.write(json.dumps({"prompt": prompt}) + "\n")
     if rank == 0 and wandb_log:
         import wandb
         wandb.init(project="tdpo", name=os.path.basename(out_dir), config=options, dir=out_dir)
@@ -905,6 +967,7 @@ if __name__ == "__main__":
         columns = {name: torch.cat([s[name] for s in stats]) for name in stats[0]}
         if not sft:
             columns = preference_metrics(columns)
+        # one sum over processes for all of them
         sums = torch.stack([x.float().sum() for x in columns.values()])
         return dict(zip(columns, total(sums) / n))
 
@@ -924,24 +987,32 @@ if __name__ == "__main__":
         some = held_out[:1] if quick else held_out
         rows = tqdm(rows_of(some), desc="evaluating", leave=False, disable=None)
         stats = [forward(batch, counts)[1] for batch, counts in rows]
-        found = means(stats, sum(len(chosen) for _, chosen, _ in some) if sft else len(some))
+        count = len(some)
+        if sft:
+            count = sum(len(chosen) for _, chosen, _ in some)
+        found = means(stats, count)
         found = {name: x.item() for name, x in found.items()}
+
+        # nothing broken is saved
         if not math.isfinite(found["loss"]):
             sys.exit(f"error: the held-out loss after step {step} is {found['loss']}, so this step is not saved. "
                      "Lower --learning_rate")
         if quick:
             return
+        # log 2 and no KL at the start, or something is not as it seems
         if step == 0 and not sft and found["kl_l"] > 1e-5:
             print(f"warning: before the first step the KL from {ref_from or 'the reference'} is {found['kl_l']:.2g} "
                   "nats, not 0: its weights differ, or their dtype")
+
+        # a task's own measure; compiled, it would be so for prompts of every length
         if task and not sft:
-            # prompts of every length would all be compiled
             with torch.compiler.set_stance("force_eager"):
                 found.update(eval_imdb.score_policy(model, ref, tokenizer, prefixes["test"], score, max_new_tokens,
                                                     seed))
-        record = {"step": step, **{"eval_" + name: x for name, x in found.items()}, "eval_pairs": len(held_out)}
-        write("eval", record, ["eval_" + name for name in ("loss", "acc", "margin", "kl_w", "kl_l", "kl_gap", "reward",
-                                                           "reward_se", "sample_kl", "sample_rkl", "entropy")])
+        record = {"eval_" + name: x for name, x in found.items()}
+        record = {"step": step, **record, "eval_pairs": len(held_out)}
+        shown = "loss acc margin kl_w kl_l kl_gap reward reward_se sample_kl sample_rkl entropy"
+        write("eval", record, ["eval_" + name for name in shown.split()])
 
     # -------------------------------------------------------------------------
     # the loop; the first SIGINT or SIGTERM lets the step finish and saves, a second one leaves at once
@@ -1012,15 +1083,23 @@ if __name__ == "__main__":
         # log; FLOPs are the policy's forward and backward and the reference's forward
         seconds = time.perf_counter() - began
         n_tokens = sum(sizes[i] for i in indices)
-        n_loss = sum(len(examples[i][1]) + len(examples[i][2]) for i in indices)
+        n_loss = 0
+        for i in indices:
+            _, chosen, rejected = examples[i]
+            n_loss += len(chosen) + len(rejected)
         flops = (6 if sft else 8) * (n_tokens * n_body + n_loss * vocabulary * width)
-        record = dict(step=step, epoch=step * batch_size / len(examples), **found, lr=optimizer.param_groups[0]["lr"],
-                      pairs_per_s=batch_size / seconds, tokens_per_s=n_tokens / seconds, peak_gib=peak_gib(device))
+        record = {"step": step, "epoch": step * batch_size / len(examples), **found}
+        record["lr"] = optimizer.param_groups[0]["lr"]
+        record["pairs_per_s"] = batch_size / seconds
+        record["tokens_per_s"] = n_tokens / seconds
+        record["peak_gib"] = peak_gib(device)
         if peak:
             record["mfu"] = flops / seconds / peak / world
         speeds.append((record["pairs_per_s"], record["tokens_per_s"]))
-        shown = ("loss", "acc", "margin", "kl_w", "kl_l", "kl_gap", "grad_norm", "pairs_per_s", "mfu")
-        write("step", record, shown if step % log_interval == 0 or step == max_steps else ())
+        shown = []
+        if step % log_interval == 0 or step == max_steps:
+            shown = "loss acc margin kl_w kl_l kl_gap grad_norm pairs_per_s mfu".split()
+        write("step", record, shown)
 
     # -------------------------------------------------------------------------
     # what came of it
