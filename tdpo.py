@@ -68,7 +68,7 @@ def margin(method, w, l, beta=0.1, alpha=0.5):
 
 
 def preference_loss(method, w, l, beta=0.1, alpha=0.5):
-    """-log sigmoid(beta v), one loss a pair (P,). Arguments and errors as in `margin`; alpha acts in tdpo2 alone."""
+    """-log sigmoid(beta v), a loss for each pair (P,), of that pair alone. Arguments and errors as in `margin`."""
     m = margin(method, w, l, beta, alpha)
     return -F.logsigmoid(m)
 
@@ -103,15 +103,14 @@ def fused_tdpo_loss(hidden, weight, ref_hidden, ref_weight, labels, pair, chosen
     """`tdpo_loss(...)[0].mean()` without N x V logits: they live for CHUNK_ROWS tokens (or one longer pair) at a time.
 
     hidden, ref_hidden: (N, d), the states that predict labels (N,). weight, ref_weight: (V, d), the output layers; a
-    bias is one more column of weight beside ones in hidden. pair: (N,) int, ascending from 0 to P - 1, and chosen: (N,)
-    bool, both best on the CPU. Returns the mean loss, and stats as `tdpo_loss`. Products are of autocast's dtype (on a
-    CPU only in backward), all else is fp32. RuntimeError: a second derivative."""
+    bias is one more column beside ones in hidden. pair: (N,) int, ascending from 0, and chosen: (N,) bool, best on the
+    CPU. Returns the mean loss, stats as `tdpo_loss`. Products are autocast's. RuntimeError: a second derivative."""
     pair, chosen = pair.cpu(), chosen.cpu()
     equal = len(hidden) == len(ref_hidden) == len(labels) == len(pair) == len(chosen) > 0
     if not equal or not pair.unique_consecutive().equal(torch.arange(int(pair[-1]) + 1)):
         raise ValueError("give one entry for each of N > 0 tokens, sorted by pair: it must ascend from 0 without gaps")
     sequence = (2 * pair + chosen).to(hidden.device, non_blocking=True)     # rejected and chosen responses in turn
-    carry = _carried(beta, alpha, method)
+    carry = _carried(beta, alpha, method, hidden.device)
 
     def chunk_losses(rows, first, pairs, logits, ref_logits):
         tokens, among = _elementwise(token_stats, logits, ref_logits, labels[rows], carry), sequence[rows] - 2 * first
@@ -120,19 +119,20 @@ def fused_tdpo_loss(hidden, weight, ref_hidden, ref_weight, labels, pair, chosen
     return _by_chunks(chunk_losses, torch.bincount(pair), hidden, weight, (ref_hidden, ref_weight))
 
 
-@torch.compiler.disable         # torch.compile works around what follows; what gains by it is compiled in _elementwise
+@torch.compiler.disable         # torch.compile does not trace what follows; the part that gains by it compiles itself
 @torch.inference_mode(False)
 @torch.enable_grad()
-def _carried(beta, alpha, method):
+def _carried(beta, alpha, method, device):
     """The statistics that the objective differentiates, as a made-up pair tells: no gradient of others is carried."""
-    probe = TokenStats(*torch.ones(4, 2, requires_grad=True).unbind())
-    losses, _ = _pair_losses(probe, torch.zeros(2), torch.arange(2), 2, [1], [0], beta, alpha, method)
+    probe = TokenStats(*torch.ones(4, 2, device=device, requires_grad=True).unbind())
+    token = torch.arange(2, device=device)
+    losses, _ = _pair_losses(probe, token, token, 2, [1], [0], beta, alpha, method)
     grads = zip(TokenStats._fields, torch.autograd.grad(losses.sum(), probe, allow_unused=True))
     return tuple(name for name, grad in grads if grad is not None)
 
 
 def fused_sft_loss(hidden, weight, labels):
-    """Cross-entropy by the same road: its mean over the N tokens in nats, and stats {"loss": (N,)}."""
+    """Cross-entropy by the same road: its mean over N > 0 tokens, none labelled -100, in nats; stats {"loss": (N,)}."""
     def chunk_losses(rows, first, n, logits):
         losses = _elementwise(F.cross_entropy, logits, labels[rows], None, None, -100, None, "none")
         return losses, {"loss": losses.detach()}
@@ -149,7 +149,7 @@ def _by_chunks(chunk_losses, lengths, hidden, weight, *frozen):
     # rounded operands buy a GPU speed, but turn a KL of 3e-4 into 3e-3; a CPU may round them within its products alone
     dtype = low if device == "cuda" else wide
     fast = "bf16" if device == "cpu" and low != wide else None
-    budget = CHUNK_ROWS if device == "cuda" else -(-CHUNK_ROWS // 8)
+    budget = CHUNK_ROWS if device == "cuda" else CHUNK_ROWS // 8
     train = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     with torch.no_grad(), torch.autocast(device, enabled=False), torch.backends.mkldnn.flags(None, None, None, fast):
         layers = [(h, w.to(dtype)) for h, w in ((hidden, weight), *frozen)]
