@@ -18,11 +18,12 @@ import sys
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from sample import (DEVICES, encode_prompt, generate, load_model, load_reference, parse, ratio_mean, response_stats,
-                    response_text, writable)
+from sample import (DEVICES, encode_prompt, generate, load_model, load_reference, parse, ratio_mean, read_rows,
+                    response_stats, response_text, writable)
 
 TASKS = ("reviews", "imdb")
 
@@ -75,7 +76,6 @@ def write_review(rng):
 
 def exact_reward(texts):
     """(positive - negative) / (positive + negative) words of each text, in [-1, 1]; 0 where there are none."""
-    # as the grammar writes, words stand between spaces
     rewards = []
     for text in texts:
         positive = sum(word in POSITIVE for word in text.split())
@@ -86,7 +86,6 @@ def exact_reward(texts):
 
 def scratch_model(seed):
     """The embedded task's untrained policy: a GPT-2 of 0.1M parameters and its word-level tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
     # all words of the grammar
     lines = " ".join(itertools.chain(*GRAMMAR.values()))
     words = sorted(set(re.sub(r"\{\w+\}", " ", lines).split()))
@@ -118,26 +117,20 @@ def load_texts(data, source):
         reviews = [write_review(rng) for _ in range(11000)]
         return {"train": reviews[:10000], "test": reviews[10000:]}
 
-    # what there is: (text, split)
-    from datasets import load_dataset
-    try:
-        if os.path.exists(source):
-            kind = "parquet" if source.endswith(".parquet") else "json"
-            table = load_dataset(kind, data_files=glob.escape(source), split="train")
-            splits = ["test" if n % 10 == 9 else "train" for n in range(len(table))]
-            if "split" in table.column_names:
-                splits = table["split"]
-            rows = list(zip(table["text"], splits))
-        else:
-            rows = []
-            for split in ("train", "test"):
-                rows += [(text, split) for text in load_dataset(source, split=split)["text"]]
-    except Exception as error:      # datasets raises what its readers raise
-        sys.exit(f"error: cannot read --texts={source}: {type(error).__name__} {error}".replace("\n", " "))
+    # one table with a column split, or a data set with these splits
+    if os.path.isfile(source):
+        rows = [row for _, row in read_rows(source)]
+    else:
+        rows = []
+        for split in ("train", "test"):
+            rows += [{**row, "split": split} for _, row in read_rows(source, split)]
 
     # one line each; IMDb is sorted by label
     texts = {"train": [], "test": []}
-    for text, split in rows:
+    for n, row in enumerate(rows):
+        text, split = None, "test" if n % 10 == 9 else "train"
+        if isinstance(row, dict):
+            text, split = row.get("text"), row.get("split", split)
         if split in texts and isinstance(text, str) and text.strip():
             text = re.sub(r"<br\s*/?>", " ", text)
             texts[split].append(re.sub(r"\s+", " ", text).strip())
@@ -185,10 +178,10 @@ def load_reward(name, device="cpu"):
     model.config.pad_token_id = tokenizer.pad_token_id
     longest = min(512, getattr(model.config, "max_position_embeddings", None) or 512)
 
-    # texts of like lengths together
     @torch.no_grad()
     def reward(texts):
         scores = np.zeros(len(texts))
+        # texts of like lengths together
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         for begin in tqdm(range(0, len(order), 64), desc="scoring", leave=False, disable=None):
             batch = order[begin:begin + 64]
@@ -225,9 +218,9 @@ def build_pairs(run, model, tokenizer, prefixes, reward):
     `completions` samples of the SFT model for each prefix; every two of them make a pair, the higher reward is chosen;
     pairs closer than min_score_gap are dropped. The name holds a hash of all that makes the file, so it is reused.
     """
-    # made by the same model, reward and options, it is the same file
+    # the same model, reward and options make the same file
     made_of = [run[name] for name in ("reward", "completions", "min_score_gap", "max_new_tokens", "seed")]
-    for path in sorted(glob.glob(run["reward"] + "/*")):
+    for path in sorted(glob.glob(glob.escape(run["reward"]) + "/*")):
         made_of.append((path, os.path.getsize(path), os.path.getmtime(path)))
     digest = hashlib.sha256(json.dumps([prefixes, made_of]).encode())
     for p in model.parameters():
@@ -287,7 +280,7 @@ def score_policy(model, ref, tokenizer, prefixes, reward, max_new_tokens, seed=0
     for name, values, weights in (
         ("reward", rewards, None),
         ("sample_kl", stats["kl"], None),
-        ("sample_rkl", stats["reverse_kl"], None),
+        ("sample_rkl", stats["rkl"], None),
         ("entropy", stats["entropy"], lengths),
     ):
         result[name], result[name + "_se"] = ratio_mean(values, weights, range(len(samples)))
@@ -333,7 +326,7 @@ T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2
 
 
 def from_log(folder, run, label):
-    """(reference, policy): what table and figure need of a run, from its evaluations and its training pairs' KLs."""
+    """(start, end): what table and figure need of a run, from its evaluations and its training pairs' KLs."""
     # evaluations with samples
     log = read_log(folder)
     evals = []
@@ -355,12 +348,8 @@ def from_log(folder, run, label):
             point[name] = round(float(mean), 4)
         curves.append(point)
 
-    # at step 0 the policy is the reference
-    source = run["ref_from"] or run["init_from"]
-    reference = dict(evals[0], run=source, label="reference", evals=[], curves=[])
-    policy = dict(evals[-1], run=folder, label=label, evals=evals, curves=curves)
-    reference["seed"] = policy["seed"] = run["seed"]
-    return reference, policy
+    start = dict(evals[0], run=run["init_from"], label="reference", seed=run["seed"], evals=[], curves=[])
+    return start, dict(evals[-1], run=folder, label=label, seed=run["seed"], evals=evals, curves=curves)
 
 
 def interval(values, errors):
@@ -472,22 +461,25 @@ if __name__ == "__main__":
                         "commas between; * and ? match; runs that differ in their seed alone share a line")
     parser.add_argument("--score", default="", help="models (directories or hub ids, commas between) to score anew, on "
                         "the first run's prefixes and against its reference")
-    parser.add_argument("--eval_prefixes", type=int, default=512, help="--score: test prefixes, a sample each (512)")
+    parser.add_argument("--eval_prefixes", type=int, default=0, help="--score: test prefixes (as many as the run had)")
     parser.add_argument("--reward", default="", help="--score: another reward than the first run's")
     parser.add_argument("--seed", type=int, default=0, help="--score: seed of the samples (0)")
     parser.add_argument("--device", default=DEVICES[0], choices=DEVICES, help="--score: where")
     parser.add_argument("--at_kl", type=float, nargs="*", default=[1, 2], help="KLs to compare rewards at (1 2)")
     parser.add_argument("--out", default="out/frontier", help="writes OUT.json and OUT.png (out/frontier)")
     args = parse(parser)
-    if args.eval_prefixes < 2 or not 0 <= args.seed < 2**63:
+    if args.eval_prefixes < 0 or args.eval_prefixes == 1 or not 0 <= args.seed < 2**63:
         parser.error("--eval_prefixes must be 2 or more, --seed between 0 and 2^63")
+    if not args.score and (args.eval_prefixes or args.reward or args.seed):
+        parser.error("--eval_prefixes, --reward and --seed are for --score, and would be ignored")
     writable(parser, args.out + ".json")
 
     # the runs' logs; the options tell runs of one label that differ in more than their seed
     policies, references, settings = [], {}, {}
     first = None
-    own = ("seed", "init_from", "ref_from", "out_dir", "resume", "overwrite", "device", "compile", "micro_tokens",
-           "wandb_log", "log_interval")
+    own = ("seed", "out_dir", "resume", "overwrite", "device", "compile", "micro_tokens", "wandb_log", "log_interval",
+           "max_steps")
+    # a pattern is several
     folders = []
     for part in args.runs.split(","):
         folders += sorted(glob.glob(part)) or [part]
@@ -498,12 +490,17 @@ if __name__ == "__main__":
             path = folder
         try:
             run = json.load(open(path, encoding="utf-8"))
-        except (OSError, ValueError):
-            parser.error(f"{folder} holds no run of train.py")
-        if isinstance(run, list):           # this script's own
-            policies += run
-            continue
-        if run["data"] not in TASKS or run["method"] == "sft":
+            if isinstance(run, list):           # this script's own
+                for result in run:
+                    if not {"label", "seed", "n", "evals", "curves", *SCORES} <= result.keys():
+                        raise ValueError
+                    if result not in policies:
+                        policies.append(result)
+                continue
+            has_reward = run["data"] in TASKS and run["method"] != "sft"
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            parser.error(f"{folder} holds no run of train.py, and nothing that this script wrote")
+        if not has_reward:
             parser.error(f"{folder} has no reward: it trained {run['method']} on {run['data']}")
         first = first or run
 
@@ -513,31 +510,41 @@ if __name__ == "__main__":
             label += f" α={run['alpha']:g}"
         if run["beta"] != 0.1:
             label += f" β={run['beta']:g}"
+        start, policy = from_log(folder, run, label)
         setting = {name: value for name, value in run.items() if name not in own}
+        # the embedded task has a model of its own for each seed
+        setting["init_from"] = run["init_from"].removesuffix(f"-{run['seed']}")
+        setting["step"] = policy["step"]
         again = any(r["label"] == label and r["seed"] == run["seed"] for r in policies)
         if again or settings.setdefault(label, setting) != setting:
-            label = folder
-        reference, policy = from_log(folder, run, label)
-        references.setdefault((reference["run"], run["seed"]), reference)
+            policy["label"] = folder
+
+        # at step 0 a policy is its reference, but where that was given
+        origin = [setting[name] for name in ("data", "init_from", "reward", "texts")]
+        if not run["ref_from"]:
+            if settings.setdefault("reference", origin) != origin:
+                start["label"] = f"reference of {folder}"
+            references.setdefault((start["label"], run["init_from"], run["seed"]), start)
         policies.append(policy)
 
     # one reference for each seed
     results = [*references.values(), *policies]
 
     # checkpoints anew, also those that were trained elsewhere
-    for path in filter(None, args.score.split(",")):
-        if first is None:
-            parser.error("--score takes prefixes, reward and reference from a run of train.py in --runs")
+    scored = {path: load_model(path, args.device) for path in args.score.split(",") if path}
+    if scored and first is None:
+        parser.error("--score takes prefixes, reward and reference from a run of train.py in --runs")
+    if scored:
         reward = load_reward(args.reward or first["reward"], args.device)
-        model, tokenizer = load_model(path, args.device)
-        ref = load_reference(first["ref_from"] or first["init_from"], model, tokenizer)
-        # as that run took them, of the texts that it did not train on
         texts = load_texts(first["data"], first["texts"])
-        prefixes = task_prefixes(texts, tokenizer, first["seed"], 0, args.eval_prefixes)["test"]
-        scored = score_policy(model, ref, tokenizer, prefixes, reward, first["max_new_tokens"], args.seed)
-        results.append(dict(scored, run=path, label=path + " (scored)", seed=args.seed, evals=[], curves=[]))
-        models = {"reference": ref, "policy": model}
-        show_completions(models, tokenizer, prefixes[:3], reward, first["max_new_tokens"], args.seed)
+    for path, (model, tokenizer) in scored.items():
+        ref = load_reference(first["ref_from"] or first["init_from"], model, tokenizer)
+        count = args.eval_prefixes or first["eval_prefixes"]
+        prefixes = task_prefixes(texts, tokenizer, first["seed"], 0, count)["test"]
+        result = score_policy(model, ref, tokenizer, prefixes, reward, first["max_new_tokens"], args.seed)
+        results.append(dict(result, run=path, label=path + " (scored)", seed=args.seed, evals=[], curves=[]))
+        pair = {"reference": ref, "policy": model}
+        show_completions(pair, tokenizer, prefixes[:3], reward, first["max_new_tokens"], args.seed)
 
     # the numbers, a table of them, a figure
     lines = [json.dumps(result, ensure_ascii=False) for result in results]

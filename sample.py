@@ -6,12 +6,18 @@
     python sample.py --model=DIR --ref=DIR --prompts=questions.jsonl        # with "prompt", text or messages; or a .txt
     python sample.py --model=DIR --format=mt_bench --prompts=question.jsonl --out=model_answer/NAME.jsonl
 
-Every response becomes one line of a .jsonl file: prompt, model, response, tokens, entropy, surprisal, kl, reverse_kl.
+Every response becomes one line of a .jsonl file: prompt, model, response, tokens, entropy, surprisal, kl, rkl.
 """
 import argparse
+import csv
 import difflib
+import functools
+import glob
+import gzip
+import io
 import json
 import os
+import re
 import sys
 import time
 import uuid
@@ -20,6 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
+from datasets import load_dataset, load_from_disk
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -66,6 +73,9 @@ def load_model(path, device="cpu", cls=AutoModelForCausalLM):
 
     Ends the program with one sentence where that fails. Code that a model brings along is never run.
     """
+    if os.path.exists(os.path.join(path, "adapter_config.json")):
+        sys.exit(f"error: {path} is an adapter, no whole model: load it on its base model with peft, then save what "
+                 "merge_and_unload() returns, and the tokenizer, with save_pretrained")
     # every reason for which a model does not load: OSError, ValueError, KeyError, SafetensorError
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -83,51 +93,155 @@ def load_model(path, device="cpu", cls=AutoModelForCausalLM):
         print(f"warning: {path}: {kind} has no place for {len(unexpected)} of its tensors: {', '.join(unexpected[:3])}")
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         sys.exit(f"error: {path} has no tokenizer; save_pretrained writes one beside the model")
-    # a token without an embedding would end the training
-    highest = max(tokenizer.get_vocab().values())
-    known = len(model.get_input_embeddings().weight)
-    if highest >= known:
-        sys.exit(f"error: {path}: its tokenizer has ids up to {highest}, its model knows {known} tokens; "
-                 "resize_token_embeddings, and save both again")
+    # neither data nor learning rate could mend that
+    for name, p in model.named_parameters():
+        if not p.isfinite().all():
+            sys.exit(f"error: {path}: its weights are not finite: {name} has NaN or infinite values; take another copy")
     return model.to(device).eval(), tokenizer
 
 
 def load_reference(path, model, tokenizer):
     """The frozen reference of a policy, on its device. The program ends where its tokens are not the policy's."""
     ref, ref_tokenizer = load_model(path, model.device)
-    # token by token: a KL compares the same entries
-    same = len(ref.get_output_embeddings().weight) == len(model.get_output_embeddings().weight)
-    if ref_tokenizer.get_vocab() != tokenizer.get_vocab() or not same:
+    # the KL compares the same tokens; sizes of one family differ in their padding alone
+    if ref_tokenizer.get_vocab() != tokenizer.get_vocab():
         sys.exit(f"error: the reference {path} has another vocabulary than the policy; the KL needs the same in both")
     return ref.requires_grad_(False)
+
+
+# -----------------------------------------------------------------------------
+# rows of any source
+
+
+def read_rows(source, split="train", config=""):
+    """[(where, row)] of .jsonl, .json, .csv (also .gz) or .parquet files (* in a name: several), of a directory that
+    datasets knows, or of a hub dataset. A row is a dict, or a str that says what is wrong with it. A source that cannot
+    be read ends the program with one sentence."""
+    # a file, several by a pattern, or none
+    kind = os.path.splitext(source.lower().removesuffix(".gz"))[1]
+    files = [source]
+    if not os.path.exists(source):
+        files = sorted(glob.glob(source))
+    rows = []
+    try:
+        if files and kind in (".jsonl", ".json", ".csv", ".txt"):
+            for path in files:
+                rows += read_text(path, kind)
+            return rows
+        if files and kind == ".parquet":
+            table = load_dataset("parquet", data_files=[glob.escape(path) for path in files], split="train")
+        elif glob.glob(glob.escape(source) + "/state.json"):
+            table = load_from_disk(source)
+        elif glob.glob(glob.escape(source) + "/dataset_dict.json"):
+            table = load_from_disk(source)
+            if split not in table:
+                raise ValueError(f'Unknown split "{split}". Should be one of {list(table)}.')
+            table = table[split]
+        elif os.path.isdir(source) or re.fullmatch(r"[\w-]+/[\w.-]+", source):
+            table = load_dataset(source, config or None, split=split)
+        else:
+            raise ValueError("it is no .jsonl, .json, .csv or .parquet file, no directory and no hub id (owner/name)")
+    except Exception as error:      # datasets wraps what its readers raise: the last cause is the one that tells
+        while error.__cause__:
+            error = error.__cause__
+        said = str(error).split("\nExample")[0].replace("\n", " ")
+        if "split" in said or "onfig" in said:
+            said += " Options: --data_split, --eval_split, --data_config"
+        sys.exit(f"error: cannot read {source}: {said}")
+    return [(f"{source} row {n}", row) for n, row in enumerate(table, 1)]
+
+
+def read_text(path, kind):
+    """The same of one .jsonl, .json or .csv file, which may be compressed."""
+    with open(path, "rb") as f:
+        content = f.read()
+    if path.lower().endswith(".gz"):
+        content = gzip.decompress(content)
+    # a cell is text: None, NA and 007 are answers
+    if kind == ".csv":
+        table = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
+        return [(f"{path} row {n}", row) for n, row in enumerate(table, 1)]
+
+    # a list of rows, an object of columns, an object around either, or one row; else .json holds lines, too
+    if kind == ".json":
+        try:
+            table = json.loads(content)
+        except ValueError:
+            table = None
+        while isinstance(table, dict) and len(table) == 1:
+            table = list(table.values())[0]
+        if isinstance(table, dict):
+            columns = list(table.values())
+            if not all(isinstance(x, list) and len(x) == len(columns[0]) for x in columns):
+                raise ValueError(f"an object with {', '.join(table)} is no list of rows and no object of equal columns")
+            table = [dict(zip(table, values)) for values in zip(*columns)]
+        if table is not None:
+            return [(f"{path} row {n}", row) for n, row in enumerate(table, 1)]
+
+    # line by line, so that a bad line has a number and costs only itself
+    rows = []
+    for n, line in enumerate(content.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = line.decode("utf-8-sig")
+            if kind == ".txt":
+                row = {"prompt": row}
+            else:
+                row = json.loads(row)
+        except (ValueError, RecursionError) as error:
+            row = f"is not JSON: {error}"
+        rows.append((f"{path} line {n}", row))
+    return rows
 
 
 # -----------------------------------------------------------------------------
 # prompts and responses
 
 
-def chat(tokenizer, messages, generation_prompt=True):
+def chat(tokenizer, messages, generation_prompt=True, tools=None):
     """Messages through the model's chat template, as text. ValueError: what is wrong with them. Without a template the
     program ends."""
     if not tokenizer.chat_template:
         sys.exit("error: these are chat messages, but the tokenizer has no chat template: use text, or a chat model")
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+        return tokenizer.apply_chat_template(messages, tools, tokenize=False, add_generation_prompt=generation_prompt)
     except Exception as error:      # a template raises what it likes
         raise ValueError(f"is refused by the model's chat template: {error}")
 
 
-def encode_prompt(tokenizer, text):
-    """Token ids of a prompt, with BOS where the tokenizer adds one, never EOS; an empty prompt is one BOS (or EOS)."""
-    # a template has written its BOS already
-    has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    ids = tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
-    # some tokenizers close every text
-    while ids and ids[-1] == tokenizer.eos_token_id:
+@functools.lru_cache
+def opening(tokenizer):
+    """The ids that a tokenizer puts in front of every text by itself: BOS, where it does."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    ids = tokenizer("a")["input_ids"]
+    while ids and ids[-len(bare):] != bare:
         ids.pop()
+    return ids[:len(ids) - len(bare)]
+
+
+def encode_prompt(tokenizer, text):
+    """Token ids of a prompt: those of its text behind what the tokenizer puts in front, once, and nothing that it puts
+    behind. An empty prompt is one BOS (or EOS)."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    first = opening(tokenizer)
+    # a template may have written its BOS already
+    if ids[:len(first)] != first:
+        ids = first + ids
     if ids:
         return ids
-    return [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+    known = [x for x in (tokenizer.bos_token_id, tokenizer.eos_token_id) if x is not None]
+    if not known:
+        sys.exit("error: an empty prompt needs a BOS or EOS token, and the tokenizer has neither; give a prompt")
+    return known[:1]
+
+
+def stop_tokens(model, tokenizer):
+    """The ids that end a response: EOS, and what the model's generation config adds, say the end of a turn."""
+    stop = model.generation_config.eos_token_id
+    if not isinstance(stop, list):
+        stop = [stop]
+    return {tokenizer.eos_token_id, *stop} - {None}
 
 
 def response_text(tokenizer, prompt, response):
@@ -144,22 +258,19 @@ def generate(model, tokenizer, prompts, max_new_tokens, num_samples=1, temperatu
     A response ends at the model's last position at the latest. Same seed, same responses; the caller's random state is
     untouched. On a GPU it samples in bf16. Under FSDP all processes call it, and all get what rank 0 has drawn.
     """
-    # a chat model may stop at other tokens, too
-    stop = {tokenizer.eos_token_id}
-    own_stop = model.generation_config.eos_token_id
-    if isinstance(own_stop, list):
-        stop.update(own_stop)
-    elif own_stop is not None:
-        stop.add(own_stop)
-    pad = tokenizer.pad_token_id
-    if pad is None:
-        pad = tokenizer.eos_token_id
+    # padding is masked, so any token will do
+    stop = stop_tokens(model, tokenizer)
+    pad = min(stop, default=0)
     config = GenerationConfig(do_sample=True, temperature=temperature, top_p=top_p, top_k=0, pad_token_id=pad,
-                              eos_token_id=sorted(stop))
+                              eos_token_id=sorted(stop) or None)
+    known = len(model.get_input_embeddings().weight)
+    highest = max(map(max, prompts), default=0)
+    if highest >= known:
+        sys.exit(f"error: a prompt has the token {highest}, the model knows {known}; leave it out")
 
     # every prompt num_samples times; the longest go first, so that memory runs out at once or never
     positions = getattr(model.config, "max_position_embeddings", None) or 1 << 30
-    longest = max(map(len, prompts))
+    longest = max(map(len, prompts), default=0)
     if longest >= positions:
         sys.exit(f"error: a prompt of {longest} tokens leaves no room for a response within {positions} positions")
     order = list(range(len(prompts))) * num_samples
@@ -190,7 +301,7 @@ def generate(model, tokenizer, prompts, max_new_tokens, num_samples=1, temperatu
             # processes that draw one token apart would drift further apart
             if sharded:
                 missing = config.max_new_tokens - out.shape[1]
-                out = torch.nn.functional.pad(out, (0, missing), value=config.eos_token_id[0])
+                out = torch.nn.functional.pad(out, (0, missing), value=pad)
                 out = out.contiguous()
                 dist.broadcast(out, 0)
 
@@ -206,14 +317,15 @@ def generate(model, tokenizer, prompts, max_new_tokens, num_samples=1, temperatu
 
 @torch.no_grad()
 def response_stats(model, ref, prompts, responses):
-    """Per response (prompts[i], responses[i], lists of token ids) in nats: entropy, surprisal, kl, reverse_kl (arrays).
+    """Per response (prompts[i], responses[i], lists of token ids) in nats: entropy, surprisal, kl, rkl (arrays).
 
     entropy is the mean over response tokens of -sum_v p log p (f-DPO's definition), surprisal its Monte-Carlo form, the
-    mean of -log p(token); kl = KL(ref || model) as in Eq. 10 and reverse_kl are sums over tokens, 0 without ref.
+    mean of -log p(token); kl = KL(ref || model) as in Eq. 10 and rkl = KL(model || ref) are sums over tokens, 0 without
+    ref.
     """
-    result = {name: np.zeros(len(prompts)) for name in ("entropy", "surprisal", "kl", "reverse_kl")}
-    vocabulary = len(model.get_output_embeddings().weight)
-    # tokens of each sequence
+    result = {name: np.zeros(len(prompts)) for name in ("entropy", "surprisal", "kl", "rkl")}
+    # entries that only one of the two has are padding
+    vocabulary = min(len(m.get_output_embeddings().weight) for m in (model, ref) if m is not None)
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
     order = sorted(range(len(prompts)), key=lambda i: lengths[i])
     with tqdm(total=len(order), desc="measuring", leave=False, disable=None) as bar:
@@ -228,10 +340,10 @@ def response_stats(model, ref, prompts, responses):
 
             # logits at t predict token t + 1
             labels = labels[:, 1:]
-            logits = model(ids, use_cache=False).logits[:, :-1].float()
+            logits = model(ids, use_cache=False).logits[:, :-1, :vocabulary].float()
             ref_logits = logits
             if ref is not None:
-                ref_logits = ref(ids, use_cache=False).logits[:, :-1]
+                ref_logits = ref(ids, use_cache=False).logits[:, :-1, :vocabulary]
             tokens = token_stats(logits, ref_logits, labels)
             logp = logits.log_softmax(-1)
             entropy = -(logp.exp() * logp.clamp(min=-1e4)).sum(-1)
@@ -244,7 +356,7 @@ def response_stats(model, ref, prompts, responses):
             result["entropy"][batch] = (entropy / n_tokens).cpu()
             result["surprisal"][batch] = (surprisal / n_tokens).cpu()
             result["kl"][batch] = tokens.kl.sum(1).cpu()
-            result["reverse_kl"][batch] = tokens.rkl.sum(1).cpu()
+            result["rkl"][batch] = tokens.rkl.sum(1).cpu()
             bar.update(len(batch))
     return result
 
@@ -259,37 +371,14 @@ def ratio_mean(values, weights, groups):
     # a ratio of sums over groups, linearized
     spread = np.bincount(groups, weights * (values - mean))
     n = len(spread)
-    variance = (spread**2).sum() * n / max(1, n - 1)
+    if n == 1:
+        return float(mean), float("nan")
+    variance = (spread**2).sum() * n / (n - 1)
     return float(mean), float(np.sqrt(variance) / weights.sum())
 
 
 # -----------------------------------------------------------------------------
 # the script
-
-
-def read_rows(path, columns):
-    """The rows of a .jsonl file, or the lines of a .txt file as {"prompt": line}. A row that lacks one of the columns,
-    {name: type}, ends the program."""
-    rows = []
-    # n is the line that an error is about
-    try:
-        for n, line in enumerate(open(path, encoding="utf-8-sig"), 1):
-            if not line.strip():
-                continue
-            row = {"prompt": line.strip()}
-            if not path.endswith(".txt"):
-                row = json.loads(line)
-            for name, kind in columns.items():
-                if not isinstance(row[name], kind):
-                    raise TypeError
-            rows.append(row)
-    except OSError as error:
-        sys.exit(f"error: {error}")
-    except (ValueError, LookupError, TypeError, RecursionError):
-        sys.exit(f"error: {path} line {n} is no JSON object with {' and '.join(columns)}")
-    if not rows:
-        sys.exit(f"error: {path} has no rows")
-    return rows
 
 
 def write_samples(args, model, tokenizer, ref, texts):
@@ -308,7 +397,9 @@ def write_samples(args, model, tokenizer, ref, texts):
         responses = [response for group in drawn for response in group]
         stats = response_stats(m, against, [prompts[i] for i in index], responses)
 
-        # a row for each response
+        # a row for each response; there is no divergence without a reference
+        if against is None:
+            stats = {key: stats[key] for key in ("entropy", "surprisal")}
         for n, i in enumerate(index):
             text = response_text(tokenizer, prompts[i], responses[n])
             shown[i].append(f"  {name:9} |{text}")
@@ -318,8 +409,8 @@ def write_samples(args, model, tokenizer, ref, texts):
         # a line for each model: means over tokens, or over responses
         lengths = np.array([len(response) for response in responses])
         line = f"{name:9} | {len(responses)} responses"
-        for key, weights in (("entropy", lengths), ("surprisal", lengths), ("kl", None), ("reverse_kl", None)):
-            mean, error = ratio_mean(stats[key], weights, index)
+        for key, values in stats.items():
+            mean, error = ratio_mean(values, lengths if key in ("entropy", "surprisal") else None, index)
             line += f" | {key} {mean:.4f} ± {error:.4f}"
         means.append(line)
 
@@ -335,19 +426,31 @@ def write_samples(args, model, tokenizer, ref, texts):
 def write_answers(args, model, tokenizer, rows):
     """Answers to MT-bench's questions (all turns) or AlpacaEval's instructions, in the form that the judge reads."""
     bench = args.format == "mt_bench"
+    positions = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     turns = [row["turns"] if bench else [row["instruction"]] for row in rows]
     # a turn of all questions at a time
     histories = [[] for _ in rows]
     for turn in range(max(map(len, turns))):
         # the questions that have such a turn, each behind the answers so far
-        active = [n for n in range(len(rows)) if turn < len(turns[n])]
-        prompts = []
-        for n in active:
+        prompts = {}
+        for n in range(len(rows)):
+            if turn >= len(turns[n]):
+                continue
             histories[n].append({"role": "user", "content": turns[n][turn]})
-            prompts.append(encode_prompt(tokenizer, chat(tokenizer, histories[n])))
-        drawn = generate(model, tokenizer, prompts, args.max_new_tokens, 1, args.temperature, args.top_p,
-                         args.seed + turn)
-        for n, prompt, (response,) in zip(active, prompts, drawn):
+            try:
+                prompts[n] = encode_prompt(tokenizer, chat(tokenizer, histories[n]))
+            except ValueError as error:
+                sys.exit(f"error: question {n + 1} {error}")
+            # without room it has no answer, and the others keep theirs
+            if len(prompts[n]) >= positions:
+                print(f"warning: question {n + 1} is too long in turn {turn + 1}: its answer is empty")
+                histories[n].append({"role": "assistant", "content": ""})
+                del prompts[n]
+        drawn = generate(model, tokenizer, list(prompts.values()), args.max_new_tokens, 1, args.temperature,
+                         args.top_p, args.seed + turn)
+
+        # a model that was trained on HH may go on with the next question
+        for (n, prompt), (response,) in zip(prompts.items(), drawn):
             text = response_text(tokenizer, prompt, response).split("\n\nHuman:")[0].strip()
             histories[n].append({"role": "assistant", "content": text})
 
@@ -380,6 +483,7 @@ if __name__ == "__main__":
     parser.add_argument("--ref", default="", help="reference; default: the one the checkpoint was trained against")
     parser.add_argument("--prompts", default="", help=".jsonl or .txt; default: those that the run in --model held out")
     parser.add_argument("--prompt", default="", help="one prompt")
+    parser.add_argument("--chat", action="store_true", help="put prompts that are text through the chat template")
     parser.add_argument("--format", default="samples", choices=("samples", "mt_bench", "alpaca_eval"),
                         help="samples beside the reference's, or answers for FastChat's or AlpacaEval's judge")
     parser.add_argument("--num_prompts", type=int, default=8, help="at most so many, 0 for all (default 8)")
@@ -398,6 +502,8 @@ if __name__ == "__main__":
     held_out = os.path.join(folder, "prompts.jsonl")
     for fails, message in (
         (judged and not (args.prompts and args.out), f"--format={args.format} needs --prompts and --out"),
+        (judged and (args.prompt or args.ref or args.num_samples > 1),
+         f"--format={args.format} has no use for --prompt, --ref and --num_samples"),
         (args.prompt and args.prompts, "--prompt and --prompts exclude each other"),
         (not (args.prompt or args.prompts or os.path.exists(held_out)),
          f"{args.model} is no run that held out prompts: give --prompt or --prompts"),
@@ -411,35 +517,43 @@ if __name__ == "__main__":
     args.out = writable(parser, args.out or os.path.join(folder, "samples.jsonl"))
 
     # prompts, and the model
+    if args.prompt:
+        rows = [("the prompt", {"prompt": args.prompt})]
+    else:
+        rows = read_rows(args.prompts or held_out)
+    rows = rows[:args.num_prompts or None]
     columns = {"samples": {"prompt": (str, list)}, "alpaca_eval": {"instruction": str},
                "mt_bench": {"question_id": object, "turns": list}}
-    if args.prompt:
-        rows = [{"prompt": args.prompt}]
-    else:
-        rows = read_rows(args.prompts or held_out, columns[args.format])
-    rows = rows[:args.num_prompts or None]
+    for where, row in rows:
+        for name, kind in columns[args.format].items():
+            if not isinstance(row, dict) or not isinstance(row.get(name), kind):
+                sys.exit(f"error: {where} is no JSON object with {' and '.join(columns[args.format])}")
     model, tokenizer = load_model(args.model, args.device)
     if judged:
-        write_answers(args, model, tokenizer, rows)
+        write_answers(args, model, tokenizer, [row for _, row in rows])
         sys.exit()
 
     # messages go through the chat template
     texts = []
-    for n, row in enumerate(rows, 1):
+    if tokenizer.chat_template and not args.chat and args.prompt:
+        print("note: the prompt is taken as it stands; --chat puts it through the model's chat template")
+    for where, row in rows:
         text = row["prompt"]
+        if args.chat and isinstance(text, str):
+            text = [{"role": "user", "content": text}]
         if isinstance(text, list):
             try:
                 text = chat(tokenizer, text)
             except ValueError as error:
-                sys.exit(f"error: {args.prompts} row {n} {error}")
+                sys.exit(f"error: {where} {error}")
         texts.append(text)
 
     # by default the reference is the one that the checkpoint was trained against
     options = os.path.join(folder, "options.json")
     if not args.ref and os.path.exists(options):
         run = json.load(open(options, encoding="utf-8"))
-        if run["method"] != "sft":
-            args.ref = run["ref_from"] or run["init_from"]
+        if isinstance(run, dict) and run.get("method", "sft") != "sft":
+            args.ref = run.get("ref_from") or run.get("init_from", "")
     ref = None
     if args.ref:
         ref = load_reference(args.ref, model, tokenizer)

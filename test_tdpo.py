@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import functools
 import glob
+import gzip
 import json
 import logging
 import math
@@ -547,6 +548,8 @@ REFUSED = {
     "its final_logit_softcapping": hf.Gemma2Config(**GEMMA, **{**SOFTCAPS, "final_logit_softcapping": 30.0}),
     "softcapping or sinks": hf.Gemma2Config(**GEMMA, **{**SOFTCAPS, "attn_logit_softcapping": 5.0}),
     "its sliding_window of": hf.MistralConfig(**SIZES, **GROUPS, sliding_window=LONGEST - 1),
+    "recurrent or convolutional layers": hf.FalconH1Config(**GEMMA, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8,
+                                                           mamba_d_state=8, mamba_n_groups=1),
     "packed rows give other logits": hf.GPTNeoConfig(**NEO, window_size=8),
     "": hf.MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=1),
 }
@@ -613,58 +616,252 @@ def lines_of(path):
     return [json.loads(line) for line in open(path)]
 
 
-def test_tokenize_ends_responses_and_truncates_as_dpo_does(words):
-    pairs = [("x", "the plot was dull and the music", " was weak .", " felt fresh and warm and clever ."),
-             ("y", "i saw", " this film .", " this film . loved")]
-    (p, w, l), _ = train.tokenize(pairs, words, 100, 50, "left")[0]
-    assert words.decode(p + w) == "the plot was dull and the music was weak . <eos>"
-    assert w[-1] == l[-1] == words.eos_token_id and w.count(0) == l.count(0) == 1 and len(l) == 8
-    for side, beginning in (("left", "and the music"), ("right", "the plot was")):
-        examples, names, truncated = train.tokenize(pairs, words, 6, 3, side)
-        assert truncated == 2 and names == ["x", "y"]
-        assert words.decode(examples[0][0]) == beginning and len(examples[0][2]) == 3
-    assert train.tokenize(pairs, words, 5, 2, "left")[1] == ["x"]               # "this film ." twice is no pair
-    the, rest = words("the")["input_ids"], words("plot was")["input_ids"]
-    assert train.tokenize_texts(["the plot was dull", "the"], words, 3)[0] == [(the, rest, []), (the, [0], [])]
+SPECIAL = ["<s>", "</s>", "<im>", "<end>", "<think>"]
+CHAT = ("{{ bos_token }}{% for m in messages %}<im>{{ m.role }}\n{{ m.content }}<end>\n{% endfor %}"
+        "{% if add_generation_prompt %}<im>assistant\n{% endif %}")
+CALLS = "{% for t in tools or [] %}{{ t.name }};{% endfor %}" + CHAT.replace(
+    "<end>", "{% for c in m.tool_calls or [] %}[{{ c.name }}]{% endfor %}<end>")
+THINK = CHAT.replace("m.content", "m.content.split('</think>')[-1]").replace("assistant\n{%", "assistant\n<think>{%")
+DATED = "{{ strftime_now('%Y-%m-%d') }} " + CHAT
 
 
-def test_render_takes_strings_messages_and_transcripts(words):
-    assert train.render(dict(prompt="a", chosen=" b", rejected=" c"), words) == ("a", " b", " c")
-    hh = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: how?\n\nAssistant:"
-    assert train.render(dict(chosen=hh + " well", rejected=hh + " badly"), words) == (hh, " well", " badly")
-    words.chat_template = TEMPLATE
-    user, good, bad = [dict(role=x, content=y) for x, y in (("user", "q"), ("assistant", "y"), ("assistant", "n"))]
-    for prompt, before in (([user], []), ("q", []), ("ignored", [user])):
-        row = dict(prompt=prompt, chosen=[*before, good], rejected=[*before, bad])
-        assert train.render(row, words) == ("<user>q<eos>\n<assistant>", "y", "n")
+def spelled(eos="</s>", bos=None, adds=(), space=False, template=None):
+    """A tokenizer whose tokens are characters and SPECIAL. adds: what it puts around every text by itself; space: it
+    puts a space token before every piece of text, as Llama 2's does."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+    letters = [*SPECIAL, "\u2581", "\n", *map(chr, range(32, 127))]
+    inner = Tokenizer(models.BPE({c: n for n, c in enumerate(letters)}, [], unk_token="<s>"))
+    if space:
+        inner.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    inner.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse()])
+    inner.add_special_tokens(SPECIAL)
+    if adds:
+        ids = [(x, SPECIAL.index(x)) for x in adds if x != "$A"]
+        inner.post_processor = processors.TemplateProcessing(single=" ".join(adds), special_tokens=ids)
+    return hf.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=eos, bos_token=bos, chat_template=template)
 
 
-def test_no_prompt_is_in_both_parts():
-    pairs = [(str(n), f"prompt {n % 40}", "a", "b") for n in range(100)]
-    rest, held = train.hold_out(pairs, 3, seed=1)
-    assert sorted(rest + held) == sorted(pairs) and len({pair[1] for pair in held}) == 3
-    assert not {pair[1] for pair in rest} & {pair[1] for pair in held}
+def read(rows, tokenizer, source="rows", known=None, **options):
+    """(examples, counts) that train.py makes of rows, or of a file's, for a model that knows so many tokens."""
+    run = dict(method="tdpo2", bad_rows=0, max_length=500, max_prompt_length=400, truncation="left")
+    model = hf.GPT2LMHeadModel(hf.GPT2Config(**dict(GPT, vocab_size=known or len(tokenizer))))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    rows = sample.read_rows(rows) if isinstance(rows, str) else [(f"row {n}", row) for n, row in enumerate(rows, 1)]
+    return train.make_examples(rows, source, model, tokenizer, {**run, **options})
 
 
-def test_single_bad_rows_are_counted(words, tmp_path, capsys):
-    half = json.dumps(dict(chosen={"a": "\n\nAssistant: "}, rejected="x"))
-    path = write_lines(tmp_path / "pairs.jsonl", [GOOD] * 300 + ["{", "", "{}", half] + [GOOD] * 10)
-    pairs = train.read_pairs(path, words, "train", 0.01)
-    assert len(pairs) == 310 and pairs[-1][0].endswith("line 314")
-    said = "3 bad rows of 313, .*line 301 is not JSON.*line 303 has no text in 'prompt'.*line 304 has no text"
+def turns(*contents):
+    """Messages, from the user and the assistant in turn; a dict stands for itself."""
+    roles = ["user", "assistant"] * len(contents)
+    return [x if isinstance(x, dict) else dict(role=role, content=x) for role, x in zip(roles, contents)]
+
+
+def answer(text, **more):
+    return [dict(role="assistant", content=text, **more)]
+
+
+ASKED, SYSTEM = "<s><im>user\nq<end>\n<im>assistant\n", dict(role="system", content="be")
+HH = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: how?\n\nAssistant:"
+PLAIN, CHATS, TOOL = dict(), dict(eos="<end>", bos="<s>", template=CHAT), dict(eos="<end>", bos="<s>", template=CALLS)
+PARTS = [dict(type="text", text="y"), dict(type="text", text="es")]
+# (tokenizer, row, what is trained: prompt, chosen, rejected, as text with its special tokens)
+READ = {
+    "text": (PLAIN, dict(prompt="q", chosen=" y", rejected=" n"), "q", " y</s>", " n</s>"),
+    "transcripts": (PLAIN, dict(chosen=HH + " y", rejected=HH + " n"), HH, " y</s>", " n</s>"),
+    "an empty prompt": (PLAIN, dict(prompt="", chosen="y", rejected="n"), "</s>", "y</s>", "n</s>"),
+    "scores do no harm": (PLAIN, dict(prompt="q", chosen="y", rejected="n", score=1, id="x"), "q", "y</s>", "n</s>"),
+    "messages": (CHATS, dict(prompt=turns("q"), chosen=answer("y"), rejected=answer("n")), ASKED, "y<end>", "n<end>"),
+    "a prompt that is text": (CHATS, dict(prompt="q", chosen=answer("y"), rejected=answer("n")), ASKED, "y<end>",
+                              "n<end>"),
+    "whole conversations": (CHATS, dict(prompt="q", chosen=turns("q", "y"), rejected=turns("q", "n")), ASKED, "y<end>",
+                            "n<end>"),
+    "parts of text": (CHATS, dict(prompt=turns("q"), chosen=answer(PARTS), rejected=answer("n")), ASKED, "yes<end>",
+                      "n<end>"),
+    "a system column": (CHATS, dict(prompt=turns("q"), chosen=answer("y"), rejected=answer("n"), system="be"),
+                        "<s><im>system\nbe<end>\n" + ASKED[3:], "y<end>", "n<end>"),
+    "tools": (TOOL, dict(prompt=turns("q"), chosen=answer(None, tool_calls=[dict(name="t")]), rejected=answer("n"),
+                         tools=[dict(name="t", default=None)]), "t;" + ASKED, "[t]<end>", "n<end>"),
+    "EOS that a text spells": (PLAIN, dict(prompt="q", chosen="a</s>b", rejected="n</s></s>\n"), "q", "a</s>b</s>",
+                               "n</s>"),
+    "EOS that a message spells": (CHATS, dict(prompt=turns("q"), chosen=answer("a<end>b"), rejected=answer("n<end>")),
+                                  ASKED, "a<end>b<end>", "n<end>"),
+    "a turn that EOS does not end": (dict(CHATS, eos="</s>"), dict(prompt=turns("q"), chosen=answer("a</s>b"),
+                                     rejected=answer("n")), ASKED, "a</s>b<end>\n</s>", "n<end>\n</s>"),
+    "EOS that closes the prompt": (PLAIN, dict(prompt="q</s>", chosen="y", rejected="n"), "q</s>", "y</s>", "n</s>"),
+    "EOS that the tokenizer adds": (dict(adds=("<s>", "$A", "</s>"), bos="<s>"), dict(prompt="q", chosen="y",
+                                    rejected="n"), "<s>q", "y</s>", "n</s>"),
+    "BOS that the template writes": (dict(CHATS, adds=("<s>", "$A")), dict(prompt=turns("q"), chosen=answer("y"),
+                                     rejected=answer("n")), ASKED, "y<end>", "n<end>"),
+    "a thinking block that is opened": (dict(CHATS, template=THINK), dict(prompt=turns("q"), chosen=answer("y"),
+                                        rejected=answer("n")), ASKED, "y<end>", "n<end>"),
+    "space before every text": (dict(space=True), dict(prompt="a b", chosen=" y", rejected=" n"), "a b", " y</s>",
+                                " n</s>"),
+    "space before every turn": (dict(CHATS, space=True), dict(prompt=turns("q"), chosen=answer("y"),
+                                rejected=answer("n")), ASKED, "y<end>", "n<end>"),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_is_trained_is_what_was_meant(name):
+    """The right tokens are those of the whole text, spelled by hand, in the tokenizer's own words."""
+    options, row, prompt, *responses = READ[name]
+    tokenizer = spelled(**options)
+    ((_, _, (ids, *found)),), counts = read([row], tokenizer)
+    assert ids == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    for response, tokens in zip(responses, found):
+        assert ids + tokens == tokenizer(prompt + response, add_special_tokens=False)["input_ids"]
+    assert counts["shortened"] == (options.get("template") == THINK)
+
+
+ALIKE = dict(prompt="q", chosen="y", rejected="y")
+CALL = [dict(name="t")]
+# (tokenizer, row, why it is not trained)
+UNREAD = [
+    (PLAIN, {}, "no text in 'prompt'; its columns are "),
+    (PLAIN, dict(prompt="q", chosen="y"), "no text in 'rejected'; its columns are prompt, chosen"),
+    (PLAIN, dict(prompt="q", chosen="y", rejected=" "), "an empty 'rejected'"),
+    (PLAIN, ALIKE, "identical responses"),
+    (PLAIN, dict(chosen={"a": HH}, rejected=HH), "no text in 'prompt'"),
+    (PLAIN, dict(chosen=HH + " a\n\nHuman: b\n\nAssistant: c", rejected=HH + " n"), "differ before the last assistant"),
+    (PLAIN, dict(prompt="q", chosen="y", rejected="n", history=[["a", "b"]]), "has 'history', which is not read"),
+    (PLAIN, dict(prompt="q", chosen="y", rejected="n", images=["x.png"]), "has 'images', which is not read"),
+    (PLAIN, dict(prompt="q", chosen="y", rejected="n", system="be"), "has 'system' beside text"),
+    (PLAIN, dict(prompt="say it", chosen="say it y", rejected="say it n"), "repeat the prompt"),
+    (PLAIN, dict(prompt="hi", chosen=HH + " y", rejected=HH + " n"), "whole transcripts beside a prompt"),
+    (PLAIN, dict(prompt="q", chosen="[{'role': 'user', 'content': 'q'}]", rejected="[{'role': ..."), "written as text"),
+    (CHATS, dict(prompt=turns("q"), chosen=turns("q", "y"), rejected=turns("q", "n")), "repeat the prompt's messages"),
+    (CHATS, dict(prompt="other", chosen=turns("q", "y"), rejected=turns("q", "n")), "none of its messages"),
+    (CHATS, dict(chosen=turns("q", "y"), rejected=turns("q", "y")), "identical or empty"),
+    (CHATS, dict(chosen=[], rejected=[]), "identical or empty"),
+    (CHATS, dict(chosen=turns("q", "y", "a", "b"), rejected=turns("q", "n", "c", "d")), "of the user behind"),
+    (CHATS, dict(chosen=turns("q", "a", "b", "y"), rejected=turns("q", "a", "c", "n")), "of the user where"),
+    (CHATS, dict(chosen=turns(dict(role="human", content="q"), "y"), rejected=[]), "role 'human': rename it"),
+    (CHATS, dict(chosen=[{"from": "gpt", "value": "y"}], rejected=[]), "rename them to role and content"),
+    (CHATS, dict(chosen=["q", "y"], rejected=["q", "n"]), "no object with role and content"),
+    (CHATS, dict(prompt=turns(None), chosen=answer("y"), rejected=answer("n")), "of the user without content"),
+    (CHATS, dict(prompt=turns([dict(type="image")]), chosen=answer("y"), rejected=answer("n")), "content is not text"),
+    (CHATS, dict(prompt=turns("q"), chosen=answer("y", tool_calls=CALL), rejected=answer("n")), "has tool_calls, of"),
+    (CHATS, dict(prompt=turns("q"), chosen=answer("y"), rejected=answer("n"), tools=CALL), "has tools, of which"),
+    (CHATS, dict(prompt=turns("q"), chosen=turns(SYSTEM, "y"), rejected=answer("n"), system="no"), "another system"),
+    (dict(adds=("<s>", "$A")), dict(prompt="q", chosen="y<new>", rejected="n"), "has the token 102: "),
+]
+
+
+@pytest.mark.parametrize("options, row, message", UNREAD)
+def test_bad_rows_say_why(options, row, message):
+    tokenizer = spelled(**options)
+    tokenizer.add_tokens(["<new>"])
+    with pytest.raises(SystemExit, match="1 bad rows of 1; 1 x row 1 .*" + re.escape(message)):
+        read([row], tokenizer, known=102)
+
+
+def test_long_pairs_lose_prompt_but_bos_then_the_ends_of_responses():
+    pair = dict(prompt="abcdefgh", chosen="12345", rejected="67890")
+    for adds, side, prompt in (((), "left", "efgh"), ((), "right", "abcd"), (("<s>", "$A"), "left", "<s>fgh"),
+                               (("<s>", "$A"), "right", "<s>abc")):
+        tokenizer = spelled(adds=adds, bos="<s>")
+        ((_, _, example),), counts = read([pair], tokenizer, max_length=7, max_prompt_length=4, truncation=side)
+        assert [tokenizer.decode(x) for x in example] == [prompt, "123", "678"]
+        assert (counts["truncated"], counts["beheaded"]) == (1, side == "left")
+    with pytest.raises(SystemExit, match="1 bad rows of 1; .* the same within --max_length=3"):
+        read([dict(pair, rejected="1")], spelled(), max_length=3, max_prompt_length=2)
+
+
+SFT = [     # (tokenizer, row, prompt, response)
+    (PLAIN, dict(prompt="q", completion=" y"), "q", " y</s>"),
+    (PLAIN, dict(prompt="q", chosen=" y", rejected=""), "q", " y</s>"),
+    (PLAIN, dict(text="whole"), "w", "hole</s>"),
+    (dict(adds=("<s>", "$A"), bos="<s>"), dict(text="whole"), "<s>", "whole</s>"),
+    (PLAIN, dict(chosen=HH + " y", rejected=HH + " y"), HH, " y</s>"),
+    (CHATS, dict(messages=turns("q", "y")), ASKED, "y<end>"),
+    (CHATS, dict(prompt=turns("q"), completion=answer("y")), ASKED, "y<end>"),
+    (CHATS, dict(messages=turns("q", "a", "b", "y")), "<s><im>user\nq<end>\n<im>assistant\na<end>\n<im>user\nb<end>\n"
+     "<im>assistant\n", "y<end>"),
+]
+
+
+@pytest.mark.parametrize("options, row, prompt, response", SFT)
+def test_sft_takes_sft_data(options, row, prompt, response):
+    tokenizer = spelled(**options)
+    ((_, _, (ids, found, rejected)),), _ = read([row], tokenizer, method="sft")
+    assert [tokenizer.decode(ids), tokenizer.decode(found), rejected] == [prompt, response, []]
+    with pytest.raises(SystemExit, match="of the user where its answer"):
+        read([dict(messages=turns("q", "y", "r"))], spelled(**CHATS), method="sft")
+
+
+def test_every_row_is_accounted_for(capsys):
+    """Of prompts with many pairs, with one, and with more than may be held out."""
+    for prompts, n, eval_pairs, held_out in ((40, 100, 5, 5), (100, 100, 512, 10), (3, 90, 10, 10)):
+        pairs = [(f"row {k}", f"prompt {k % prompts}", ([k], [1], [2])) for k in range(n)]
+        rest, held = train.hold_out(pairs, eval_pairs, seed=1)
+        assert sorted(rest + held) == sorted(pairs) and held_out - 3 < len(held) <= held_out
+        apart = not {prompt for _, prompt, _ in rest} & {prompt for _, prompt, _ in held}
+        assert apart == ("in both parts" not in capsys.readouterr().out) == (prompts > 3)
+
+
+def test_bad_rows_are_counted_by_reason(tmp_path, capsys):
+    good = dict(prompt="q", chosen="y", rejected="n")
+    path = write_lines(tmp_path / "pairs.jsonl", [good] * 300 + ["{", "", "{}", "[]", ALIKE, ALIKE] + [good] * 6)
+    examples, counts = read(path, spelled(), path, bad_rows=0.02)
+    assert len(examples) == 306 and examples[-1][0].endswith("line 312")
+    assert (counts["read"], counts["left out"]) == (311, 5)
+    said = "5 bad rows of 311; 2 x .*line 305 has identical responses; 1 x .*line 301 is not JSON.*; 1 x .*line 303 has"
     assert re.search(said, capsys.readouterr().out)
-    with pytest.raises(SystemExit, match=said):
-        train.read_pairs(path, words, "train", 0.009)
+    with pytest.raises(SystemExit, match=said + ".*--bad_rows=0.01 is the share"):
+        read(path, spelled(), path, bad_rows=0.01)
 
 
-@pytest.mark.parametrize("kind", ("parquet", "csv", "json", "jsonl"))
-def test_all_file_formats_hold_the_same_pairs(words, tmp_path, kind):
+@pytest.fixture
+def sources(tmp_path):
+    """A folder with the same five rows in every form that is read."""
     import datasets
-    rows, path = [dict(json.loads(GOOD), prompt=f"the plot {n}") for n in range(5)], str(tmp_path / f"p.{kind}")
+    rows = [dict(prompt=f"q{n}", chosen=["None", "007", "a\nb", "NA", "é"][n], rejected="n") for n in range(5)]
     table = datasets.Dataset.from_list(rows)
-    dict(parquet=table.to_parquet, csv=table.to_csv, json=table.to_json, jsonl=table.to_json)[kind](path)
-    pairs = train.read_pairs(path, words, "train", 0)
-    assert [list(pair[1:]) for pair in pairs] == [list(row.values()) for row in rows]
+    with contextlib.chdir(tmp_path):
+        write_lines("a.jsonl", rows)
+        shutil.copy("a.jsonl", "UPPER.JSONL")
+        gzip.open("a.jsonl.gz", "wb").write(open("a.jsonl", "rb").read())
+        for name, content in dict(list=rows, columns=table.to_dict(), data=dict(data=rows)).items():
+            json.dump(content, open(name + ".json", "w"), indent=1)
+        shutil.copy("a.jsonl", "lines.json")
+        table.to_csv("a.csv")
+        table.to_parquet("a.parquet")
+        os.mkdir("shards")
+        for n in range(2):
+            table.shard(2, n, contiguous=True).to_parquet(f"shards/train-{n}.parquet")
+        table.save_to_disk("saved")
+        datasets.DatasetDict(train=table, other=table).save_to_disk("dict")
+        splits = "- config_name: default\n  data_files:\n"
+        splits += "".join(f"  - {{split: {name}, path: a.jsonl}}\n" for name in ("train", "other"))
+        configs = "".join(f"- {{config_name: {name}, data_files: a.jsonl}}\n" for name in ("one", "two"))
+        for name, card in dict(splits=splits, configs=configs).items():
+            os.mkdir(name)
+            shutil.copy("a.jsonl", name)
+            write_lines(name + "/README.md", [f"---\nconfigs:\n{card}---"])
+    return tmp_path, rows
+
+
+SOURCES = ["a.jsonl", "UPPER.JSONL", "a.jsonl.gz", "list.json", "columns.json", "data.json", "lines.json", "a.csv",
+         "a.parquet", "shards/*.parquet", "shards", "saved", "dict", "splits", "configs"]
+
+
+def test_all_forms_of_a_source_hold_the_same_rows(sources, monkeypatch):
+    folder, rows = sources
+    monkeypatch.chdir(folder)
+    for form in SOURCES:
+        assert [row for _, row in sample.read_rows(form, config="two" * (form == "configs"))] == rows, form
+    for form in ("dict", "splits"):
+        assert [row for _, row in sample.read_rows(form, "other")] == rows
+        with pytest.raises(SystemExit, match=r"Should be one of \['train', 'other'\].*--data_split"):
+            sample.read_rows(form, "test")
+    with pytest.raises(SystemExit, match=r"\['one', 'two'\].*--data_config"):
+        sample.read_rows("configs")
+    for source in ("nowhere.jsonl", "shards/*.csv", "a.other"):
+        with pytest.raises(SystemExit, match=f"cannot read {re.escape(source)}: it is no .jsonl"):
+            sample.read_rows(source)
+    write_lines("odd.json", ['{"prompt": ["a"], "chosen": ["b", "c"]}'])
+    with pytest.raises(SystemExit, match="no object of equal columns"):
+        sample.read_rows("odd.json")
 
 
 def test_odd_texts_survive(tmp_path):
@@ -675,10 +872,10 @@ def test_odd_texts_survive(tmp_path):
     tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
     odd = "\0\x1b[31m\u202e\t😀é" * 3
     rows = [dict(prompt=p, chosen=odd, rejected=r) for p, r in (("", "a"), (odd, "b"), ("x" * 300_000, "c" * 300_000))]
-    pairs = train.read_pairs(write_lines(tmp_path / "odd.jsonl", rows), tokenizer, "train", 0)
-    examples, _, _ = train.tokenize(pairs, tokenizer, 64, 16, "left")
-    assert [len(prompt) for prompt, *_ in examples] == [1, 16, 16]
-    assert odd.startswith(tokenizer.decode(examples[2][1]).rstrip("\ufffd"))
+    path = write_lines(tmp_path / "odd.jsonl", rows)
+    examples, _ = read(path, tokenizer, max_length=64, max_prompt_length=16)
+    assert [len(prompt) for _, _, (prompt, *_) in examples] == [1, 16, 16]
+    assert odd.startswith(tokenizer.decode(examples[2][2][1]).rstrip("\ufffd"))
     smile = tokenizer("😀é")["input_ids"]
     assert sample.response_text(tokenizer, smile[:2], smile[2:]).endswith("é")
     prefixes = eval_imdb.task_prefixes({"train": ["😀" * 9] * 40, "test": []}, tokenizer, 1, 40, 40)
@@ -715,7 +912,7 @@ def test_responses_are_measured_as_defined():
         p, q = (m(ids).logits[0, -n - 1:-1].double().log_softmax(-1) for m in (model, other))
         expected = [-(p.exp() * p).sum(-1).mean(), -p[range(n), response].mean(), (q.exp() * (q - p)).sum(),
                     (p.exp() * (p - q)).sum()]
-        for name, value in zip(("entropy", "surprisal", "kl", "reverse_kl"), expected):
+        for name, value in zip(("entropy", "surprisal", "kl", "rkl"), expected):
             assert stats[name][i] == approx(value.item(), rel=1e-3), name
 
 
@@ -936,8 +1133,9 @@ def test_sample_shows_and_measures(runs):
     assert [r["prompt"] for r in rows[::2]] == 2 * [r["prompt"] for r in held_out[:3]]
     for name, part in (("reference", rows[:6]), ("policy", rows[6:])):
         mean = np.average([r["entropy"] for r in part], weights=[r["tokens"] for r in part])
-        assert re.search(rf"{name} +\| 6 responses \| entropy {mean:.4f} ± 0\.\d+ \| surprisal .*± .*\| kl ", out)
-        assert {r["model"] for r in part} == {name} and all((r["kl"] > 0) == (name == "policy") for r in part)
+        assert re.search(rf"{name} +\| 6 responses \| entropy {mean:.4f} ± 0\.\d+ \| surprisal .*± ", out)
+        assert {r["model"] for r in part} == {name}
+        assert all(r["kl"] > 0 for r in part) if name == "policy" else all("kl" not in r for r in part)
 
     # a model that is no run, with prompts of one's own
     shutil.copytree("sft", "model", ignore=shutil.ignore_patterns("options.json", "log.jsonl", "state.pt"))
@@ -983,7 +1181,7 @@ def test_table_and_figure_come_from_logs_and_models_are_scored_anew(runs):
     assert re.findall(r"^\|.*", out, re.M) == re.findall(r"^\|.*", again, re.M)
     says(2, "has no reward", "eval_imdb.py", "--runs=sft", "--out=again")
 
-    # the same run once more is no second seed
+    # the same run once more is no second seed, and what would mislead has no line of the others'
     shutil.copytree("tdpo2", "twice")
     out = says(0, r"\| tdpo2 α=0.5 \|.* 1 × 24 \|", "eval_imdb.py", "--runs=tdpo2,twice", "--out=again")
     assert re.search(r"^\| twice \|.* 1 × 24 \|", out, re.M)
@@ -996,7 +1194,7 @@ def test_table_and_figure_come_from_logs_and_models_are_scored_anew(runs):
 def same_run(a, b, exactly=True):
     """Two run directories hold the same weights, optimizer and steps, timing aside."""
     x, y = [train.load_state(folder) for folder in (a, b)]
-    assert x["step"] == y["step"] and x["data"] == y["data"] and len(x["optimizer"]["state"]) > 10
+    assert x["step"] == y["step"] and x["fingerprint"] == y["fingerprint"] and len(x["optimizer"]["state"]) > 10
     for name, state in x["optimizer"]["state"].items():
         for tensors in ((x["weights"][name], y["weights"][name]),
                         *((state[key], y["optimizer"]["state"][name][key]) for key in state)):
@@ -1053,7 +1251,7 @@ def test_an_interrupted_save_leaves_a_whole_checkpoint(runs, monkeypatch):
         before, stop_at = train.load_state("interrupted")["step"], stop_at + 1
         moves.clear()
         with contextlib.suppress(KeyboardInterrupt):
-            train.save("interrupted", model, tokenizer, optimizer, 100 + stop_at, "data")
+            train.save("interrupted", model, tokenizer, optimizer, 100 + stop_at, fingerprint="x", started=0)
         assert train.load_state("interrupted")["step"] == (100 + stop_at if stop_at else before)
     assert stop_at > 3 and not os.path.exists("interrupted/.saving")
 
@@ -1295,22 +1493,20 @@ def test_a_wrong_reward_or_texts_is_found_before_anything_trains(runs):
         assert os.listdir(f"no-{name}") == ["run"] and os.listdir(f"no-{name}/run") == [".lock"]
 
 
-MESSAGES = dict(prompt="q", chosen=[dict(role="assistant", content="x")], rejected=[dict(role="assistant")])
 FILES = [       # (lines of pairs.jsonl, further options, what the message says)
     ([GOOD, "{broken"], "", "line 2 is not JSON"),
-    ([dict(prompt="a", chosen="b")], "", "line 1 has no text in 'rejected'; its columns are prompt, chosen"),
-    ([GOOD.replace(" was dull", "")], "", "line 1 has an empty 'rejected'"),
-    ([GOOD.replace("dull", "warm")], "", "line 1 has identical responses"),
-    ([MESSAGES], "", "no chat template"),
     ([GOOD], "", "all pairs share one prompt"),
-    ([GOOD, GOOD.replace("plot", "music")], "--max_length=2 --max_prompt_length=1", "no two responses differ"),
-    ([GOOD] * 300 + ["{"], "--bad_rows=0", "1 bad rows of 301, .*line 301 is not JSON"),
+    ([GOOD, GOOD.replace("plot", "music")], "--max_length=2 --max_prompt_length=1", "the same within --max_length=2"),
+    ([GOOD] * 300 + ["{"], "--bad_rows=0", "1 bad rows of 301; 1 x .*line 301 is not JSON"),
     ([GOOD], "--max_length=500", "--max_length=500 is more than the 128 positions"),
     ([GOOD], "--data=nowhere.jsonl", "cannot read nowhere.jsonl"),
     ([GOOD], "--init_from=nobody/nothing", "cannot load nobody/nothing.*--data=reviews"),
     ([GOOD], "--init_from=no-tokenizer", "no-tokenizer"),
     ([GOOD], "--init_from=remote-code", "cannot load remote-code"),
-    ([GOOD], "--init_from=more-tokens", "has ids up to 162, its model knows 61"),
+    ([GOOD], "--init_from=fewer-rows", r"has the token \d+: the model knows 61"),
+    ([GOOD], "--init_from=adapter", "adapter is an adapter, no whole model"),
+    ([GOOD], "--init_from=nan-weights", "nan-weights: its weights are not finite: transformer.wte.weight"),
+    ([GOOD], "--ref_from=nan-weights", "nan-weights: its weights are not finite: transformer.wte.weight"),
     ([GOOD], "--ref_from=other-words", "another vocabulary"),
 ]
 
@@ -1318,11 +1514,16 @@ FILES = [       # (lines of pairs.jsonl, further options, what the message says)
 @pytest.fixture(scope="session")
 def broken_models(made_once):
     with contextlib.chdir(made_once):
-        for name in ("no-tokenizer", "remote-code", "more-tokens", "other-words"):
+        for name in ("no-tokenizer", "remote-code", "fewer-rows", "other-words", "adapter"):
             shutil.copytree("sft", name)
+        write_lines("adapter/adapter_config.json", ["{}"])
+        model, tokenizer = sample.load_model("sft")
+        model.transformer.wte.weight.data[3] = math.nan
+        model.save_pretrained("nan-weights")
+        tokenizer.save_pretrained("nan-weights")
         for path in glob.glob("no-tokenizer/tokenizer*"):
             os.remove(path)
-        tiny("gpt2").save_pretrained("more-tokens")             # than the model has embeddings
+        tiny("gpt2").save_pretrained("fewer-rows")
         words = open("other-words/tokenizer.json").read()
         write_lines("other-words/tokenizer.json", [words.replace('"acting"', '"singing"')])
         code = dict(model_type="evil", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
@@ -1344,15 +1545,13 @@ ODD = [b"\xff", b"[" * 100_000, b"[]", b"null", b"NaN", b'{"": {}}', b'{"prompt"
        *(json.dumps(dict(prompt=a, chosen=b, rejected=c)).encode() for a in TEXTS for b in TEXTS for c in TEXTS)]
 
 
-def test_odd_rows_never_end_in_a_traceback(words, tmp_path):
+def test_odd_rows_never_end_in_a_traceback(tmp_path):
     path = tmp_path / "odd.jsonl"
     path.write_bytes(b"\n".join([*ODD, GOOD.encode()]))
     with pytest.raises(SystemExit, match="no chat template"):
-        train.read_pairs(str(path), words, "train", 1)
-    words.chat_template = TEMPLATE
-    rows = train.read_pairs(str(path), words, "train", 1)
-    assert rows[-1][0].endswith(f"line {len(ODD) + 1}")
-    train.tokenize(rows, words, 16, 4, "left")
+        read([dict(prompt=turns("q"), chosen=answer("y"), rejected=answer("n"))], spelled(), bad_rows=1)
+    examples, counts = read(str(path), spelled(**TOOL), bad_rows=1)
+    assert examples[-1][0].endswith(f"line {len(ODD) + 1}") and counts["read"] == len(ODD) + 1
 
 
 def test_a_loss_that_is_not_finite_stops_and_saves_nothing(runs):
@@ -1369,6 +1568,77 @@ def test_a_reference_in_low_precision_is_said(runs):
     tokenizer.save_pretrained("low")
     says(0, r"warning: before the first step the KL from low is \S+ nats, not 0", "train.py",
          *on_pairs("low-ref", "--max_steps=1", "--ref_from=low"))
+
+
+def chat_model(name, template=CHAT, **config):
+    """A directory with a tiny chat model and a file of eight chat rows, which it returns."""
+    tokenizer = spelled(**dict(CHATS, template=template))
+    config = {**GPT, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, **config}
+    tiny(hf.GPT2Config(**config)).save_pretrained(name)
+    tokenizer.save_pretrained(name)
+    rows = [dict(prompt=turns(f"q{n}"), chosen=answer("yes"), rejected=answer("no")) for n in range(8)]
+    return write_lines(name + ".jsonl", rows)
+
+
+def yesterday():
+    """The scripts' clock, a day back."""
+    now = time.time
+    time.time = lambda: now() - 86400
+
+
+def test_a_template_with_the_date_does_not_stop_a_resumed_run(runs):
+    data = chat_model("dated", DATED)
+    trained("dated-run", f"--data={data}", "--init_from=dated", "--max_steps=1", before=yesterday)
+    resumed("dated-run", "--max_steps=2")
+
+
+def test_a_reference_with_padding_is_compared_over_common_rows(runs):
+    """Against plain forward passes; the policy has 110 rows of embeddings, the reference 120."""
+    data = chat_model("rows110", vocab_size=110)
+    chat_model("rows120", vocab_size=120)
+    log = log_of(trained("padded", f"--data={data}", "--init_from=rows110", "--ref_from=rows120", "--max_steps=1",
+                         f"--eval_data={data}"))
+    (model, tokenizer), (ref, _), kls = sample.load_model("rows110"), sample.load_model("rows120"), []
+    for n in range(8):
+        prompt = ASKED.replace("q", f"q{n}")
+        ids = tokenizer(prompt + "no<end>", add_special_tokens=False, return_tensors="pt")["input_ids"]
+        p, q = (m(ids).logits[0, -4:-1, :110].double().log_softmax(-1) for m in (model, ref))
+        kls.append((q.exp() * (q - p)).sum().item())
+    assert log[0]["eval_kl_l"] == approx(np.mean(kls), rel=1e-4) and np.mean(kls) > 1e-3
+    says(0, "over 1 prompts", "sample.py", "--model=rows110", "--ref=rows120", "--prompt=q", "--out=x.jsonl")
+
+
+def test_what_a_run_does_not_do_is_said(runs):
+    config = hf.MixtralConfig(**dict(SIZES, vocab_size=163), **GROUPS, num_local_experts=2)
+    tiny(config).save_pretrained("experts")
+    AutoTokenizer.from_pretrained("sft").save_pretrained("experts")
+    options = on_pairs("said", "--init_from=experts", "--batch_size=60", "--max_steps=2", "--warmup_steps=20")
+    out = says(0, "saved said", "train.py", *options)
+    assert "--batch_size=60 is more than the 55 pairs: a step takes some twice" in out
+    assert "--warmup_steps=20 is more than the 2 steps: the learning rate gets no higher than 1e-05 of 0.0001" in out
+    assert "the loss that balances this model's experts (router_aux_loss_coef) is not part" in out
+    assert "pairs: 60 read = 55 to train on + 5 held out + 0 left out; 0 truncated" in out
+
+
+def test_show_data_prints_what_the_model_sees(runs):
+    data = chat_model("shown")
+    out = says(0, "most", "train.py", *on_pairs("shown-run", f"--data={data}", "--init_from=shown", "--show_data=2"))
+    assert out.count("\n  rejected |[n][o][<end>]\n") == 2 and "  chosen   |[y][e][s][<end>]\n" in out
+    assert re.search(r"  prompt   \|<s><im>user\\nq\d<end>\\n<im>assistant\\n\n", out)
+    assert re.search(r"chosen +4 +4 +4 +4\n", out) and os.listdir("shown-run") == [".lock"]
+
+
+def test_sample_needs_no_eos_and_says_what_it_does_with_a_prompt(runs, broken_models):
+    chat_model("no-eos", eos_token_id=None)
+    tokenizer = spelled(eos=None, bos="<s>", template=CHAT)
+    tokenizer.save_pretrained("no-eos")
+    run = ["sample.py", "--model=no-eos", "--max_new_tokens=4", "--out=no-eos.jsonl"]
+    says(0, "note: the prompt is taken as it stands; --chat", *run, "--prompt=q")
+    assert lines_of("no-eos.jsonl")[0]["tokens"] == 4
+    assert "note" not in says(0, "over 1 prompts", *run, "--prompt=q", "--chat")
+    assert lines_of("no-eos.jsonl")[0]["prompt"] == ASKED
+    says(1, "no chat template", "sample.py", "--model=sft", "--prompt=q", "--chat", "--out=x.jsonl")
+    says(1, "weights are not finite", "sample.py", "--model=nan-weights", "--prompt=q", "--out=x.jsonl")
 
 
 def test_a_directory_that_cannot_be_written_is_said(runs):
@@ -1389,8 +1659,7 @@ def block(containing):
 
 def test_the_plain_loop_of_the_readme(runs):
     (ref, tokenizer), (model, _), seen = sample.load_model("sft"), sample.load_model("tdpo2"), []
-    pairs = train.read_pairs("pairs.jsonl", tokenizer, "train", 0)
-    examples, _, _ = train.tokenize(pairs, tokenizer, 64, 16, "left")
+    examples = [example for _, _, example in read("pairs.jsonl", tokenizer, max_length=64)[0]]
     scope = dict(model=model, ref=ref, batches=[examples[:8], examples[8:12]], print=lambda *x: seen.append(x[-1]))
     before, expected = [p.clone() for p in model.parameters()], own_loss(model, ref, examples[:8])[0].item()
     exec(block("for pairs in batches"), scope)

@@ -21,6 +21,7 @@ if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
     ctypes.CDLL(None).mallopt(-3, 2**27)            # M_MMAP_THRESHOLD
 
 import argparse
+import collections
 import datetime
 import fcntl
 import functools
@@ -48,9 +49,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import chat_template_utils
 
 import eval_imdb
-from sample import DEVICES, chat, encode_prompt, load_model, load_reference, parse
+from sample import DEVICES, chat, encode_prompt, load_model, load_reference, opening, parse, read_rows, stop_tokens
 from tdpo import fused_sft_loss, fused_tdpo_loss
 
 # -----------------------------------------------------------------------------
@@ -59,10 +61,14 @@ method = "tdpo2"            # sft, dpo, fdpo, tdpo1 or tdpo2
 alpha = 0.5                 # weight of the sequential KL in tdpo2, Eq. 17
 beta = 0.1                  # tie to the reference; fdpo wants far less (0.03 on HH, 1e-5 on IMDb)
 # data
-data = "reviews"            # reviews (embedded), imdb, hh, a .jsonl/.json/.parquet/.csv file of pairs, or a hub dataset
+data = "reviews"            # reviews (embedded), imdb, hh, .jsonl/.json/.csv/.parquet files, a directory, a hub dataset
+data_split = "train"        # of a directory or hub dataset
+data_config = ""            # of a directory or hub dataset that has several
 eval_data = ""              # held-out pairs in the same forms; default: a tenth of the prompts, or hh's test split
+eval_split = ""             # the split of eval_data, or, without it, of data, that is held out
 eval_pairs = 512            # at most so many of them are evaluated
 bad_rows = 0.01             # the largest share of rows that may be left out as unusable; 0 for none
+show_data = 0               # print so many rows as the model will see them, and end
 max_length = 512            # tokens of a prompt and one response
 max_prompt_length = 256     # tokens a prompt is cut to where max_length is exceeded
 truncation = "left"         # the side on which such a prompt loses tokens: left or right
@@ -178,14 +184,14 @@ def configure(argv):
         "alpha": c.method == "tdpo2",
         "beta ref_from": not sft,
         "texts": c.data == "imdb",
-        "eval_data bad_rows": not task,
+        "eval_data data_split data_config eval_split bad_rows": not task,
         "max_prompt_length truncation": not (task and sft),
         "reward train_prefixes eval_prefixes completions max_new_tokens min_score_gap": task and not sft,
     }
     ignored = []
     for names, used in users.items():
         ignored += [name for name in names.split() if name in given and not used]
-    least = dict(batch_size=1, eval_pairs=1, max_prompt_length=1, train_prefixes=1, max_new_tokens=1, log_interval=1,
+    least = dict(batch_size=1, eval_pairs=1, max_prompt_length=1, train_prefixes=2, max_new_tokens=1, log_interval=1,
                  completions=2, eval_prefixes=2, beta=1e-30, learning_rate=1e-30)
     numbers = {name: x for name, x in vars(c).items() if type(x) in (int, float)}
     wrong = [name for name, x in numbers.items() if not least.get(name, 0) <= x < 2**63]
@@ -197,14 +203,15 @@ def configure(argv):
         (changed, f"--{' --'.join(changed)} would change the run in {folder}; leave it out, or name another --out_dir"),
         (ignored, f"--{' --'.join(ignored)} would be ignored with --method={c.method} --data={c.data}"),
         (wrong, f"--{' --'.join(wrong)}: too small, or not finite"),
-        (c.max_prompt_length >= c.max_length, "--max_prompt_length leaves no room for a response within --max_length"),
+        (c.max_prompt_length >= c.max_length and not (task and sft),
+         "--max_prompt_length leaves no room for a response within --max_length"),
         (not c.init_from, f"--data={c.data} needs a model: --init_from=DIRECTORY or a hub id"),
         (c.init_from == "scratch" and c.data != "reviews", "scratch is the untrained model of --data=reviews"),
         (c.wandb_log and not importlib.util.find_spec("wandb"), "--wandb_log=True: pip install wandb, or leave it out"),
         (os.path.realpath(folder) in starts, f"--out_dir={folder} is a model that the run starts from"),
         (c.resume and c.overwrite, "--resume=True and --overwrite=True contradict each other"),
-        (holds and not c.resume and not c.overwrite, f"--out_dir={folder} holds another run: --resume=True continues "
-         "it, --overwrite=True replaces it, another --out_dir keeps it"),
+        (holds and not (c.resume or c.overwrite or c.show_data), f"--out_dir={folder} holds another run: --resume=True "
+         "continues it, --overwrite=True replaces it, another --out_dir keeps it"),
     ):
         if fails:
             parser.error(message)
@@ -214,172 +221,286 @@ def configure(argv):
 # -----------------------------------------------------------------------------
 # own data: rows, then text, then tokens
 
-
-def read_rows(source, split):
-    """[(where, row)] of a .jsonl, .json, .parquet or .csv file, or of a hub dataset's split. A row is a dict, or a str
-    that says what is wrong with it. A source that cannot be read ends the program with one sentence."""
-    # all but .jsonl by datasets
-    kind = os.path.splitext(source)[1][1:]
-    try:
-        if kind != "jsonl":
-            from datasets import load_dataset
-            if kind in ("json", "parquet", "csv"):
-                table = load_dataset(kind, data_files=glob.escape(source), split="train")
-            else:
-                table = load_dataset(source, split=split)
-            return [(f"{source} row {n}", row) for n, row in enumerate(table, 1)]
-        lines = open(source, "rb").readlines()
-    except Exception as error:      # datasets wraps what its readers raise: the last cause is the one that tells
-        while error.__cause__:
-            error = error.__cause__
-        sys.exit(f"error: cannot read {source}: {error}; data is reviews, imdb, hh, a .jsonl, .json, .parquet or .csv "
-                 "file, or a hub id".replace("\n", " "))
-
-    # line by line, so that a bad line has a number and costs only itself
-    rows = []
-    for n, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8-sig"))
-            if not isinstance(row, dict):
-                row = "is not a JSON object"
-        except (ValueError, RecursionError) as error:
-            row = f"is not JSON: {error}"
-        rows.append((f"{source} line {n}", row))
-    return rows
+# what would condition the answer, and is not read
+UNREAD = ("history", "context", "documents", "image", "images", "audio", "audios", "video", "videos")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+ASSISTANT = "\n\nAssistant:"
 
 
-def render(row, tokenizer):
-    """(prompt, chosen, rejected) as text, of a row of plain strings, of chat messages, or of two HH transcripts.
-    ValueError: what is wrong with the row."""
+def render(row, tokenizer, sft=False):
+    """(prompt, responses) of a row, as text: each response with the prompt in front of it. SFT has one response, and no
+    prompt (None) where a whole text is trained. ValueError: what is wrong with the row."""
     if isinstance(row, str):
         raise ValueError(row)
-    prompt = row.get("prompt")
-    chosen = row.get("chosen")
-    rejected = row.get("rejected")
-    turn = "\n\nAssistant:"
-    if isinstance(chosen, list) and isinstance(rejected, list):
-        prompt, chosen, rejected = render_messages(prompt, chosen, rejected, tokenizer)
-    elif prompt is None and isinstance(chosen, str) and isinstance(rejected, str) and turn in chosen:
-        prompt = chosen[:chosen.rindex(turn) + len(turn)]
-        if not rejected.startswith(prompt):
-            raise ValueError("has two transcripts that differ before the last assistant turn")
-        chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]
+    if not isinstance(row, dict):
+        raise ValueError("is not a JSON object")
+    row = without_nulls(row)
+    for name in UNREAD:
+        if row.get(name):
+            raise ValueError(f"has {name!r}, which is not read: write it into the prompt, or remove the column")
 
-    # whatever it was, it is text now
-    for name, text in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+    # the columns of the responses
+    names = ["chosen", "rejected"]
+    if sft:
+        names = [name for name in ("chosen", "completion", "messages", "text") if name in row][:1] or ["chosen"]
+    prompt, responses = row.get("prompt"), [row.get(name) for name in names]
+
+    # chat messages have rules of their own
+    if all(isinstance(x, list) for x in responses):
+        return render_messages(row, prompt, responses, tokenizer)
+
+    # two transcripts: the prompt is all up to the last answer
+    if prompt is None and all(isinstance(x, str) and ASSISTANT in x for x in responses):
+        prompt = responses[0][:responses[0].rindex(ASSISTANT) + len(ASSISTANT)]
+        if not all(x.startswith(prompt) for x in responses):
+            raise ValueError("has two transcripts that differ before the last assistant turn")
+        responses = [x[len(prompt):] for x in responses]
+    # a text that is trained whole
+    whole = names == ["text"] and prompt is None
+    if whole:
+        prompt = ""
+
+    # what cannot be meant
+    for name, text in zip(["prompt", *names], [prompt, *responses]):
         if not isinstance(text, str):
             raise ValueError(f"has no text in {name!r}; its columns are {', '.join(map(str, row))}")
         if name != "prompt" and not text.strip():
             raise ValueError(f"has an empty {name!r}")
         if any("\ud800" <= c <= "\udfff" for c in text):
             raise ValueError(f"has half a surrogate pair in {name!r}, which is no text")
-    if chosen == rejected:
+        if re.match(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]", text):
+            raise ValueError(f"has messages written as text in {name!r}: parse the column (json.loads) first")
+    for name in ("system", "tools"):
+        if row.get(name):
+            raise ValueError(f"has {name!r} beside text: give chosen and rejected as messages, or write it into prompt")
+    if len(set(responses)) < len(responses):
         raise ValueError("has identical responses")
-    return prompt, chosen, rejected
+    if prompt.strip() and all(x.strip().startswith(prompt.strip()) for x in responses):
+        raise ValueError("has responses that repeat the prompt: take it off them")
+    if all(x.startswith("\n\nHuman:") and ASSISTANT in x for x in responses):
+        raise ValueError("has whole transcripts beside a prompt: remove the column prompt")
+    return (None if whole else prompt), [prompt + x for x in responses]
 
 
-def render_messages(prompt, chosen, rejected, tokenizer):
-    """The same of chat messages, through the model's template; the prompt is what both conversations begin with."""
-    # conversations that hold the prompt's turns already have no need of it as text
-    roles = [message.get("role") for message in chosen if isinstance(message, dict)]
-    if isinstance(prompt, str) and "user" not in roles:
-        prompt = [{"role": "user", "content": prompt}]
+def render_messages(row, prompt, responses, tokenizer):
+    """The same of chat messages, through the model's template; the prompt is what all conversations begin with."""
+    # whole conversations, whether the prompt is a column of messages, of text, or their beginning
+    conversations = [[read_message(x) for x in messages] for messages in responses]
+    asked = [x["content"].strip() for x in conversations[0] if x["role"] == "user"]
+    before = []
     if isinstance(prompt, list):
-        chosen, rejected = prompt + chosen, prompt + rejected
-    # turns that both begin with
-    shared = 0
-    while chosen[shared:] and rejected[shared:] and chosen[shared] == rejected[shared]:
-        shared += 1
-    if not chosen[shared:] or not rejected[shared:]:
-        raise ValueError("has identical or empty responses")
+        before = [read_message(x) for x in prompt]
+        if before and all(x[:len(before)] == before for x in conversations):
+            raise ValueError("has responses that repeat the prompt's messages: remove the column prompt")
+    elif isinstance(prompt, str) and not asked:
+        before = [read_message({"role": "user", "content": prompt})]
+    elif prompt is not None and (not isinstance(prompt, str) or prompt.strip() not in asked):
+        raise ValueError("has a prompt that is none of its messages: remove the column, or make it a message")
+    conversations = [before + x for x in conversations]
 
-    # a response is what the template puts behind the prompt, up to the EOS that tokenize adds
-    prompt = chat(tokenizer, chosen[:shared])
-    responses = []
-    for messages in (chosen, rejected):
-        text = chat(tokenizer, messages, generation_prompt=False)
-        if not text.startswith(prompt):
-            raise ValueError("has a response that, in the chat template, does not continue the prompt")
-        text = text[len(prompt):]
-        if tokenizer.eos_token in text:
-            text = text.rpartition(tokenizer.eos_token)[0]
-        responses.append(text)
-    return prompt, *responses
+    # a system column is the first message
+    if row.get("system"):
+        system = read_message({"role": "system", "content": row["system"]})
+        if any(x["role"] == "system" and x != system for messages in conversations for x in messages):
+            raise ValueError("has a system column and another system message: remove one of them")
+        conversations = [x if system in x else [system, *x] for x in conversations]
+
+    # after the turns that they share there is one answer, and nothing that the model did not write
+    first, shared = conversations[0], 0
+    if len(conversations) == 1:
+        shared = len(first) - 1
+    else:
+        while all(len(x) > shared and x[shared] == first[shared] for x in conversations):
+            shared += 1
+    for messages in conversations:
+        roles = [x["role"] for x in messages[shared:]]
+        if not roles or not (messages[-1]["content"].strip() or messages[-1].get("tool_calls")):
+            raise ValueError("has identical or empty responses")
+        if shared == 0 or roles[0] != "assistant":
+            raise ValueError(f"has a turn of the {roles[0]} where its answer should be, behind a prompt in common")
+        if len(roles) > 1:
+            raise ValueError(f"has a turn of the {roles[1]} behind the answer that counts: cut the conversation there")
+
+    # templates differ in what they print
+    tools = row.get("tools") or None
+    # some tables hold them as JSON
+    if isinstance(tools, str):
+        tools = json.loads(tools)
+    prompt = chat(tokenizer, first[:shared], tools=tools)
+    if tools and prompt == chat(tokenizer, first[:shared]):
+        raise ValueError("has tools, of which the model's chat template prints nothing")
+    texts = []
+    for messages in conversations:
+        text = chat(tokenizer, messages, False, tools)
+        texts.append(text)
+        for key in ("tool_calls", "reasoning_content", "thinking"):
+            without = [{name: x for name, x in message.items() if name != key} for message in messages]
+            if without != messages and text == chat(tokenizer, without, False, tools):
+                raise ValueError(f"has {key}, of which the model's chat template prints nothing")
+    # a generation prompt may open a block that finished turns do not have, say <think>
+    asked = chat(tokenizer, first[:shared], False, tools)
+    if not all(x.startswith(prompt) or x.startswith(asked) for x in texts):
+        raise ValueError("has a response that, in the chat template, does not continue the prompt")
+    return prompt, texts
 
 
-def read_pairs(source, tokenizer, split, bad_rows):
-    """[(where, prompt, chosen, rejected)] of a source. Bad rows are counted; more than this share ends the program."""
-    rows = read_rows("Anthropic/hh-rlhf" if source == "hh" else source, split)
-    pairs, bad = [], []
+def without_nulls(x):
+    """Without the keys that a table fills up with null."""
+    if isinstance(x, dict):
+        return {name: without_nulls(value) for name, value in x.items() if value is not None}
+    if isinstance(x, list):
+        return [without_nulls(value) for value in x]
+    return x
+
+
+def read_message(message):
+    """A message as templates take it: a known role, and content that is text. ValueError: what is wrong with it."""
+    if not isinstance(message, dict):
+        raise ValueError("has a message that is no object with role and content")
+    if "from" in message:
+        raise ValueError("has messages of from and value: rename them to role and content, and human and gpt to user "
+                         "and assistant")
+    if message.get("role") not in ROLES:
+        raise ValueError(f"has a message of the role {message.get('role')!r}: rename it to one of {', '.join(ROLES)}")
+    content = message.get("content", "" if message.get("tool_calls") else None)
+    if isinstance(content, list) and all(isinstance(x, dict) and x.get("type") == "text" for x in content):
+        content = "".join(x["text"] for x in content)
+    if not isinstance(content, str):
+        raise ValueError(f"has a message of the {message['role']} without content, or whose content is not text")
+    return {**message, "content": content}
+
+
+def encode_pair(prompt, texts, tokenizer, stops):
+    """(prompt, chosen, rejected) as token ids, rejected empty where there is none, of what `render` returns. Tokens are
+    those of the whole text, as the model would write them, and every response ends in exactly one EOS."""
+    joint = [encode_prompt(tokenizer, text) for text in texts]
+    # of a text that is trained whole, the first token is the prompt
+    if prompt is None:
+        ids = joint[0][:1]
+    else:
+        ids = encode_prompt(tokenizer, prompt)
+    # what all three begin with
+    shared = len(os.path.commonprefix([ids, *joint]))
+    crossed = shared < len(ids) or min(map(len, joint)) == shared
+    if crossed and prompt is not None and all(text.startswith(prompt) for text in texts):
+        # a token lies across the border
+        responses = [tokenizer(text[len(prompt):], add_special_tokens=False)["input_ids"] for text in texts]
+    else:
+        # a generation prompt that finished turns do not repeat is left out
+        ids = ids[:shared]
+        responses = [x[shared:] for x in joint]
+
+    # what a text or a template has at its end: EOS, perhaps several, and space behind it
+    for n, response in enumerate(responses):
+        end = len(response)
+        while end and (response[end - 1] in stops or not tokenizer.decode(response[end - 1]).strip()):
+            end -= 1
+        while end < len(response) and response[end] not in stops:
+            end += 1
+        if end == len(response):
+            responses[n] = response + [tokenizer.eos_token_id]
+        else:
+            responses[n] = response[:end + 1]
+    return (ids, *responses, [])[:3]
+
+
+def make_examples(rows, source, model, tokenizer, run):
+    """([(where, prompt as text, example)], counts) of rows: an example is (prompt, chosen, rejected) as token ids. Bad
+    rows are left out and counted; more of them than a share run["bad_rows"] end the program.
+
+    As in DPO, a pair over max_length first loses prompt, down to max_prompt_length, then the ends of its responses."""
+    if not rows:
+        sys.exit(f"error: {source} has no rows")
+    examples, bad = [], {}
+    counts = collections.Counter(read=len(rows))
+    stops = stop_tokens(model, tokenizer)
+    known = len(model.get_input_embeddings().weight)
     for where, row in tqdm(rows, desc="reading", leave=False, disable=None):
         try:
-            pairs.append((where, *render(row, tokenizer)))
+            prompt, texts = render(row, tokenizer, run["method"] == "sft")
+            ids, chosen, rejected = encode_pair(prompt, texts, tokenizer, stops)
+            highest = max([*ids, *chosen, *rejected])
+            if highest >= known:
+                raise ValueError(f"has the token {highest}: the model knows {known}")
+            if prompt is not None and not texts[0].startswith(prompt):
+                counts["shortened"] += 1
+
+            # too long: first the prompt gives way, but for BOS, then both responses
+            if len(ids) + max(len(chosen), len(rejected)) > run["max_length"]:
+                counts["truncated"] += 1
+                if len(ids) > run["max_prompt_length"] and run["truncation"] == "left":
+                    counts["beheaded"] += 1
+                    first = opening(tokenizer) or [tokenizer.bos_token_id]
+                    if ids[:len(first)] != first:
+                        first = []
+                    rest = max(0, run["max_prompt_length"] - len(first))
+                    ids = first + ids[len(ids) - rest:]
+                ids = ids[:run["max_prompt_length"]]
+                room = run["max_length"] - len(ids)
+                chosen, rejected = chosen[:room], rejected[:room]
+            if chosen == rejected:
+                raise ValueError(f"has responses that are the same within --max_length={run['max_length']}")
+            examples.append((where, prompt, (ids, chosen, rejected)))
         except ValueError as error:
-            bad.append(f"{where} {error}")
-    found = f"{source}: {len(bad)} bad rows of {len(rows)}, a share of --bad_rows={bad_rows:g} may be left out: "
-    found += "; ".join(bad[:3])
-    if len(bad) > bad_rows * len(rows) or not pairs:
-        sys.exit(f"error: {found}. A row is a prompt, a chosen and another, rejected response, as text or as messages")
+            reason = str(error).split(":")[0]
+            bad.setdefault(reason, []).append(f"{where} {error}")
+
+    # the commonest reasons, each with its first row
+    counts["left out"] = len(rows) - len(examples)
+    said = f"{source}: {counts['left out']} bad rows of {len(rows)}"
+    for wheres in sorted(bad.values(), key=len, reverse=True)[:3]:
+        said += f"; {len(wheres)} x {wheres[0]}"
+    if counts["left out"] > run["bad_rows"] * len(rows) or not examples:
+        sys.exit(f"error: {said}. --bad_rows={run['bad_rows']:g} is the share that may be left out; raise it to go on")
     if bad:
-        print(found)
-    return pairs
+        print(said)
+    return examples, counts
 
 
-def hold_out(pairs, eval_pairs, seed):
-    """(pairs to train on, held-out pairs): those of a tenth of the prompts, so that no prompt is in both."""
-    prompts = sorted({pair[1] for pair in pairs})
-    count = max(1, min(eval_pairs, len(prompts) // 10))
+def hold_out(examples, eval_pairs, seed):
+    """(examples to train on, held-out examples): those of a tenth of the prompts, at most eval_pairs of them. No prompt
+    is in both parts, but where every prompt has more pairs than that."""
+    # rows without a prompt share none
+    groups = {}
+    for example in examples:
+        where, prompt, _ = example
+        groups.setdefault(prompt or where, []).append(example)
+    prompts = sorted(groups)
+    if len(prompts) == 1:
+        sys.exit("error: all pairs share one prompt, so none can be held out; add prompts, or name --eval_data")
+    # whole groups, as long as they fit
     order = np.random.default_rng(seed).permutation(len(prompts))
-    held = {prompts[i] for i in order[:count]}
-    if len(held) == len(prompts):
-        sys.exit("error: all pairs share one prompt, so none can be held out; name held-out pairs with --eval_data")
-    rest = [pair for pair in pairs if pair[1] not in held]
-    return rest, [pair for pair in pairs if pair[1] in held]
+    held = []
+    count = max(1, min(eval_pairs, len(prompts) // 10))
+    for i in order:
+        pairs = groups[prompts[i]]
+        if count > 0 and len(held) + len(pairs) <= eval_pairs:
+            held += pairs
+            count -= 1
+    # no group fits
+    if not held:
+        held = groups[prompts[order[0]]][:eval_pairs]
+        print(f"warning: each prompt has more than --eval_pairs={eval_pairs} pairs: one prompt is in both parts")
+    wheres = {where for where, _, _ in held}
+    return [x for x in examples if x[0] not in wheres], held
 
 
-def tokenize(pairs, tokenizer, max_length, max_prompt_length, truncation):
-    """([(prompt, chosen, rejected) token ids], where they are from, number truncated). EOS ends each response.
-
-    As in DPO, a pair over max_length first loses prompt, down to max_prompt_length, then the ends of its responses; one
-    whose responses then no longer differ is left out.
-    """
-    examples, names = [], []
-    truncated = 0
-    for where, prompt, *responses in tqdm(pairs, desc="tokenizing", leave=False, disable=None):
-        prompt = encode_prompt(tokenizer, prompt)
-        chosen, rejected = tokenizer(responses, add_special_tokens=False)["input_ids"]
-        chosen.append(tokenizer.eos_token_id)
-        rejected.append(tokenizer.eos_token_id)
-
-        # too long: first the prompt gives way, then both responses
-        if len(prompt) + max(len(chosen), len(rejected)) > max_length:
-            truncated += 1
-            if truncation == "left":
-                prompt = prompt[-max_prompt_length:]
-            else:
-                prompt = prompt[:max_prompt_length]
-            room = max_length - len(prompt)
-            chosen, rejected = chosen[:room], rejected[:room]
-        if chosen != rejected:
-            examples.append((prompt, chosen, rejected))
-            names.append(where)
-    return examples, names, truncated
-
-
-def tokenize_texts(texts, tokenizer, max_length):
-    """Whole texts for SFT in the same form: the first token is the prompt, nothing is rejected."""
-    examples = []
-    for text in tqdm(texts, desc="tokenizing", leave=False, disable=None):
-        ids = (encode_prompt(tokenizer, text) + [tokenizer.eos_token_id])[:max_length]
-        examples.append((ids[:1], ids[1:], []))
-    return examples, [f"text {n}" for n in range(len(examples))], 0
+def show_examples(examples, tokenizer, count):
+    """Print the first examples as the model sees them, and how long all are."""
+    for where, _, (prompt, *responses) in examples[:count]:
+        print(f"\n{where}\n  prompt   |" + tokenizer.decode(prompt).replace("\n", "\\n"))
+        for name, response in zip(("chosen", "rejected"), responses):
+            tokens = "".join(f"[{tokenizer.decode(token)}]" for token in response)
+            print(f"  {name:8} |" + tokens.replace("\n", "\\n"))
+    print("\ntokens in [] carry loss; special tokens are shown, \\n is a line's end\n")
+    print("tokens    median   90 %   99 %    most")
+    for n, name in enumerate(("prompt", "chosen", "rejected")):
+        lengths = [len(example[n]) for _, _, example in examples]
+        print("{:8} {:7.0f} {:6.0f} {:6.0f} {:7.0f}".format(name, *np.percentile(lengths, (50, 90, 99, 100))))
 
 
 def fingerprint(examples, model):
     """A short hash of examples (token ids) and of a model's weights (every thousandth)."""
-    # what the run trains on, and from
     digest = hashlib.sha256(repr(examples).encode())
     for p in model.parameters():
         digest.update(p.detach().flatten()[::1000].contiguous().float().cpu().numpy())
@@ -550,6 +671,9 @@ def packing_error(model, examples, attention):
     """
     config = model.config.get_text_config()
     longest = max(len(prompt) + max(map(len, responses)) - 1 for prompt, *responses in examples)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv1d):
+            return f"it has recurrent or convolutional layers ({name}), which mix the sequences of a row"
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, name, None) not in (None, 1):
             return f"its {name} of {getattr(config, name)} changes logits behind the output layer"
@@ -636,9 +760,10 @@ def shard(model, device, compiled):
     fully_shard(model, mesh=mesh)
 
 
-def save(folder, model, tokenizer, optimizer, step, data):
-    """Write state.pt, which alone is the checkpoint, and the Hugging Face files, for everybody else. They are written
-    beside the old ones, then moved, state.pt first and at one stroke. All processes call it, rank 0 writes."""
+def save(folder, model, tokenizer, optimizer, step, **origin):
+    """Write state.pt, which alone is the checkpoint (origin: what else is in it), and the Hugging Face files, for
+    everybody else. They are written beside the old ones, then moved, state.pt first and at one stroke. All processes
+    call it, rank 0 writes."""
     weights, state = get_state_dict(model, optimizer, options=FULL)
     if dist.is_initialized() and dist.get_rank():
         return
@@ -649,7 +774,7 @@ def save(folder, model, tokenizer, optimizer, step, data):
     try:
         shutil.rmtree(new, ignore_errors=True)
         os.makedirs(new)
-        state = dict(step=step, data=data, weights=weights, optimizer=state)
+        state = dict(origin, step=step, weights=weights, optimizer=state)
         torch.save(state, os.path.join(new, "state.pt"))
         model.save_pretrained(new, state_dict=weights)
         tokenizer.save_pretrained(new)
@@ -673,10 +798,10 @@ def save(folder, model, tokenizer, optimizer, step, data):
 
 
 def load_state(folder):
-    """{"step", "data", "weights", "optimizer"} of the checkpoint in folder. Ends the program where there is none."""
+    """{"step", "fingerprint", "started", "weights", "optimizer"} of a folder's checkpoint. Ends the program without."""
     try:
         state = torch.load(os.path.join(folder, "state.pt"), map_location="cpu", weights_only=True)
-        return {name: state[name] for name in ("step", "data", "weights", "optimizer")}
+        return {name: state[name] for name in ("step", "fingerprint", "started", "weights", "optimizer")}
     except Exception as error:      # missing, cut short, or no state at all: the unpickler raises what it likes
         sys.exit(f"error: {folder} has no complete checkpoint ({type(error).__name__} in state.pt); start again with "
                  "--overwrite=True")
@@ -744,11 +869,13 @@ def peak_gib(device):
 if __name__ == "__main__":
     # -------------------------------------------------------------------------
     # options, processes, device
-    started = time.time()
+    launched = time.time()
     options = configure(sys.argv[1:])
     # from here on the globals above are this run's
     globals().update(options)
     rank, world = join_processes()
+    # the same in all processes
+    started = total(torch.tensor(launched if rank == 0 else 0, dtype=torch.float64)).item()
     if rank == 0:
         # one run a directory: the lock lasts as long as this process, however it ends
         try:
@@ -777,19 +904,6 @@ if __name__ == "__main__":
         reviews = eval_imdb.load_texts(data, texts)
     if task and not sft:
         score = eval_imdb.load_reward(reward, device)
-    if init_from == "scratch" and not sft:
-        # the embedded task's SFT model, trained with this same file and given its name when it is done
-        init_from = options["init_from"] = os.path.join(os.path.dirname(out_dir), f"reviews-sft-{seed}")
-        if not os.path.exists(init_from):
-            command = ["--method=sft", f"--seed={seed}", f"--device={device}", f"--out_dir={init_from}-new",
-                       "--overwrite=True"]
-            print("the SFT model first: python train.py " + " ".join(command), flush=True)
-            # and so ends that run, too
-            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-            done = subprocess.run([sys.executable, __file__, *command], env={**os.environ, "WORLD_SIZE": "1"})
-            if done.returncode:
-                sys.exit("error: the SFT run failed")
-            os.rename(init_from + "-new", init_from)
 
     # one GPU may be too small for a whole model: several processes spread it from the CPU, where they need not sample
     place = device if world == 1 or task else "cpu"
@@ -797,48 +911,92 @@ if __name__ == "__main__":
         model, tokenizer = eval_imdb.scratch_model(seed)
     else:
         model, tokenizer = load_model(init_from, place)
-    models = {init_from: model}
-    if not sft:
-        ref = load_reference(ref_from or init_from, model, tokenizer)
-        models[ref_from or "the reference"] = ref
-
-    # what the model has to have
     positions = getattr(model.config, "max_position_embeddings", None) or max_length
     if max_length > positions:
         sys.exit(f"error: --max_length={max_length} is more than the {positions} positions of {init_from}; lower it")
     if tokenizer.eos_token_id is None:
         sys.exit(f"error: the tokenizer of {init_from} has no EOS token, which ends every response; set its eos_token")
+    if ref_from:
+        ref = load_reference(ref_from, model, tokenizer)
 
-    # whole texts for the task's SFT, else pairs: the task's own, or a source's
+    # the embedded task's SFT model, trained with this same file and given its name when it is done
+    if init_from == "scratch" and not sft:
+        init_from = options["init_from"] = os.path.join(os.path.dirname(out_dir), f"reviews-sft-{seed}")
+        if not os.path.exists(init_from):
+            command = ["--method=sft", f"--seed={seed}", f"--device={device}", f"--out_dir={init_from}-new",
+                       "--overwrite=True"]
+            print("the SFT model first: python train.py " + " ".join(command), flush=True)
+            # and so ends that run, too
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+            try:
+                done = subprocess.run([sys.executable, __file__, *command], env={**os.environ, "WORLD_SIZE": "1"})
+            except KeyboardInterrupt:
+                sys.exit(128 + signal.SIGINT)
+            if done.returncode:
+                sys.exit("error: the SFT run failed; if another run is at work in it, wait for that")
+            os.rename(init_from + "-new", init_from)
+        model, tokenizer = load_model(init_from, place)
+    models = {init_from: model}
+    if not sft:
+        if not ref_from:
+            ref = load_reference(init_from, model, tokenizer)
+        models[ref_from or "the reference"] = ref
+
+    # a chat template that prints the date prints that of the run's first start
+    if resume:
+        state = load_state(out_dir)
+        started = state["started"]
+
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls.fromtimestamp(started, tz)
+    chat_template_utils.datetime = Clock
+
+    # the rows: a task's own, or a source's
+    source, held_source = data, eval_data
+    if data == "hh":
+        source = "Anthropic/hh-rlhf"
+    if eval_split or data == "hh":
+        held_source = held_source or source
     if task and sft:
-        examples, names, truncated = tokenize_texts(reviews["train"], tokenizer, max_length)
-        held_out, _, _ = tokenize_texts(reviews["test"][:eval_pairs], tokenizer, max_length)
-        prompts = dropped = 0
+        rows = [(f"text {n}", {"text": text}) for n, text in enumerate(reviews["train"], 1)]
+        held_rows = [(f"test text {n}", {"text": text}) for n, text in enumerate(reviews["test"][:eval_pairs], 1)]
     else:
-        source = data
         if task:
             prefixes = eval_imdb.task_prefixes(reviews, tokenizer, seed, train_prefixes, eval_prefixes)
             source = eval_imdb.build_pairs(options, model, tokenizer, prefixes["train"], score)
-        pairs = read_pairs(source, tokenizer, "train", bad_rows)
-        if eval_data or source == "hh":
-            held_pairs = read_pairs(eval_data or "hh", tokenizer, "test", bad_rows)
-        else:
-            pairs, held_pairs = hold_out(pairs, eval_pairs, seed)
-        order = np.random.default_rng(seed).permutation(len(held_pairs))
-        held_pairs = [held_pairs[i] for i in order[:eval_pairs]]
-        examples, names, truncated = tokenize(pairs, tokenizer, max_length, max_prompt_length, truncation)
-        held_out, _, _ = tokenize(held_pairs, tokenizer, max_length, max_prompt_length, truncation)
-        dropped = len(pairs) - len(examples)
-        prompts = [prompt for _, prompt, _, _ in held_pairs]
-        if task:
-            prompts = prefixes["test"]
-    if not examples or not held_out:
-        sys.exit(f"error: no {'held-out' if examples else 'training'} pair is left: within --max_length={max_length} "
-                 "no two responses differ as tokens; raise it, or take a tokenizer that knows these words")
-    # SFT has no use for the rejected
-    if sft:
-        examples = [(prompt, chosen, []) for prompt, chosen, _ in examples]
-        held_out = [(prompt, chosen, []) for prompt, chosen, _ in held_out]
+        rows, held_rows = read_rows(source, data_split, data_config), []
+        if held_source:
+            held_rows = read_rows(held_source, eval_split or "test", data_config)
+
+    # from rows to tokens; what is held out is of other prompts
+    found, counts = make_examples(rows, source, model, tokenizer, options)
+    if held_rows:
+        held, held_counts = make_examples(held_rows, held_source or source, model, tokenizer, options)
+        order = np.random.default_rng(seed).permutation(len(held))
+        held = [held[i] for i in order[:eval_pairs]]
+        beyond = held_counts["read"] - held_counts["left out"] - len(held)
+        print(f"held out: {held_counts['read']} read = {len(held)} evaluated + {beyond} beyond --eval_pairs + "
+              f"{held_counts['left out']} left out")
+    else:
+        found, held = hold_out(found, eval_pairs, seed)
+        counts["held out"] = len(held)
+    names = [where for where, _, _ in found]
+    prompts = [prompt for _, prompt, _ in held if prompt is not None]
+    if task and not sft:
+        prompts = prefixes["test"]
+    examples, held_out = [example for _, _, example in found], [example for _, _, example in held]
+    noun = "texts" if sft else "pairs"
+    print(f"{noun}: {counts['read']} read = {len(examples)} to train on + {counts['held out']} held out + "
+          f"{counts['left out']} left out; {counts['truncated']} truncated, {counts['beheaded']} prompts without their "
+          "beginning")
+    if counts["shortened"]:
+        print(f"note: {counts['shortened']} prompts end before the chat template's generation prompt does, as finished "
+              "turns do not repeat it (nor, perhaps, reasoning); --show_data shows what is left")
+    if show_data:
+        show_examples(found, tokenizer, show_data)
+        sys.exit()
 
     # are packed rows exact for these models? On the first example beside the longest sequence, and beside the pair that
     # takes most of a row: GPT-Neo's local attention counts places in a row
@@ -856,10 +1014,10 @@ if __name__ == "__main__":
 
     # a resumed run has to find the same data and reference again
     digest, step = fingerprint([*examples, *held_out], model if sft else ref), 0
+    origin = {"fingerprint": digest, "started": started}
     if resume:
-        state = load_state(out_dir)
         step = state["step"]
-        if state["data"] != digest:
+        if state["fingerprint"] != digest:
             sys.exit(f"error: the data or the model that the run in {out_dir} began with is another now; give back "
                      "what it was, or start another --out_dir")
         try:
@@ -871,6 +1029,8 @@ if __name__ == "__main__":
 
     # states: the hidden states of a row; one call of it gathers what FSDP has spread
     vocabulary, width = model.get_output_embeddings().weight.shape
+    # rows that only the policy or the reference has are padding
+    common = min(len(m.get_output_embeddings().weight) for m in models.values())
     n_params = sum(p.numel() for p in model.parameters())
     n_body = n_params - vocabulary * width
     if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
@@ -886,40 +1046,45 @@ if __name__ == "__main__":
     # -------------------------------------------------------------------------
     # rows: pairs take rows of any length, else a step's tokens make rows of one length
     sizes = [size(example) for example in examples]
-    longest = max(sizes + [size(example) for example in held_out])
-    micro_tokens = max(micro_tokens or (8192 if device == "cuda" else 1024), longest)
+    most = max(sizes + [size(example) for example in held_out])
+    micro_tokens = max(micro_tokens or (8192 if device == "cuda" else 1024), most)
     row_length = 0
     if attention != "pairs":
         tokens = batch_size * sum(sizes) / len(sizes)
         per_step = world * math.ceil(tokens / micro_tokens / world)
-        row_length = math.ceil(max(longest, tokens / per_step) / 128) * 128
+        row_length = math.ceil(max(most, tokens / per_step) / 128) * 128
         if attention == "mask":         # such models may have a mask of their own, of as many places as positions
-            row_length = max(longest, min(row_length, positions))
+            row_length = max(most, min(row_length, positions))
         micro_tokens = row_length
 
     # optimizer
     if optimizer == "rmsprop":
-        optimizer = torch.optim.RMSprop(model.parameters(), lr=learning_rate)
+        opt = torch.optim.RMSprop(model.parameters(), lr=learning_rate)
     else:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+        opt = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     max_steps = max_steps or math.ceil(len(examples) / batch_size)
     if resume:
         try:
-            set_optimizer_state_dict(model, optimizer, state["optimizer"], options=FULL)
+            set_optimizer_state_dict(model, opt, state["optimizer"], options=FULL)
         except Exception as error:
             sys.exit(f"error: the checkpoint in {out_dir} is damaged ({error}); start again with --overwrite=True")
     if step >= max_steps:
         # a kill may have come before its last files
-        save(out_dir, model, tokenizer, optimizer, step, digest)
+        save(out_dir, model, tokenizer, opt, step, **origin)
         sys.exit(f"error: {out_dir} is at step {step} already; --max_steps={step + max(1, step)} would continue it")
 
     # -------------------------------------------------------------------------
     # what will happen
-    noun = "texts" if sft else "pairs"
     shared = 0 if sft else sum(len(prompt) for prompt, _, _ in examples)
-    print(f"{noun}: {len(examples)} to train on, {len(held_out)} held out; {truncated} truncated, {dropped} dropped")
     print(f"rows: up to {micro_tokens} tokens, {'padded' if row_length else 'without padding'}, attention {attention}; "
           f"shared prompts save {shared} of {sum(sizes) + shared} tokens")
+    if batch_size > len(examples):
+        print(f"warning: --batch_size={batch_size} is more than the {len(examples)} {noun}: a step takes some twice")
+    if warmup_steps > max_steps:
+        print(f"warning: --warmup_steps={warmup_steps} is more than the {max_steps} steps: the learning rate gets no "
+              f"higher than {learning_rate * max_steps / warmup_steps:.2g} of {learning_rate:g}")
+    if getattr(model.config.get_text_config(), "router_aux_loss_coef", None):
+        print("note: the loss that balances this model's experts (router_aux_loss_coef) is not part of the objective")
     print(f"step: {batch_size} {noun}, about {batch_size * sum(sizes) // len(sizes)} tokens; {max_steps} steps, "
           f"{max_steps * batch_size / len(examples):.1f} epochs")
     print(f"policy: {init_from}, {n_params / 1e6:.1f}M parameters, vocabulary {vocabulary}; "
@@ -957,8 +1122,9 @@ if __name__ == "__main__":
             else:
                 with torch.no_grad():
                     ref_hidden = ref.states(batch)
-                loss, stats = fused_tdpo_loss(hidden, output_weight(model), ref_hidden, output_weight(ref),
-                                              batch["labels"], batch["pair"], batch["chosen"], beta, alpha, method)
+                loss, stats = fused_tdpo_loss(hidden, output_weight(model)[:common], ref_hidden,
+                                              output_weight(ref)[:common], batch["labels"], batch["pair"],
+                                              batch["chosen"], beta, alpha, method)
         n = len(stats["loss"]) if counts else 0
         return loss * n, {name: x[:n] for name, x in stats.items()}
 
@@ -1004,7 +1170,7 @@ if __name__ == "__main__":
             print(f"warning: before the first step the KL from {ref_from or 'the reference'} is {found['kl_l']:.2g} "
                   "nats, not 0: its weights differ, or their dtype")
 
-        # a task's own measure; compiled, it would be so for prompts of every length
+        # a task's own measure; uncompiled, as torch.compile would compile anew for every length of a prompt
         if task and not sft:
             with torch.compiler.set_stance("force_eager"):
                 found.update(eval_imdb.score_policy(model, ref, tokenizer, prefixes["test"], score, max_new_tokens,
@@ -1045,22 +1211,24 @@ if __name__ == "__main__":
             elif stop:
                 evaluate(quick=True)
             if step > 0 and (due_save or stop):
-                save(out_dir, model, tokenizer, optimizer, step, digest)
+                save(out_dir, model, tokenizer, opt, step, **origin)
         if step == max_steps:
             break
         if stop:
-            print(f"stopped after step {step} | continue: python train.py --resume=True --out_dir={out_dir}",
-                  flush=True)
+            follow = f"continue: python train.py --resume=True --out_dir={out_dir}"
+            if step == 0:
+                follow = "nothing is saved"
+            print(f"stopped after step {step} | {follow}", flush=True)
             sys.exit(128 + (signals or [signal.SIGTERM])[0])
 
         # one step: its loss is one mean, however its pairs are packed; FSDP takes the mean over processes
         began = time.perf_counter()
-        for group in optimizer.param_groups:
+        for group in opt.param_groups:
             group["lr"] = learning_rate * min(1, (step + 1) / max(1, warmup_steps))
         indices = batch_of(step)
         count = sum(len(examples[i][1]) for i in indices) if sft else batch_size
         # on a CPU they stay in place, or the heap would grow
-        optimizer.zero_grad(set_to_none=device != "cpu")
+        opt.zero_grad(set_to_none=device != "cpu")
         stats = []
         for batch, counts in rows:
             loss, some = forward(batch, counts)
@@ -1077,7 +1245,7 @@ if __name__ == "__main__":
             sys.exit(f"error: the loss ({found['loss']}) or gradient norm ({found['grad_norm']}) of step {step + 1} is "
                      "not finite. Nothing was saved since the last checkpoint: lower --learning_rate, or look at these "
                      f"{noun}: {', '.join(names[i] for i in indices[:8])}")
-        optimizer.step()
+        opt.step()
         step += 1
 
         # log; FLOPs are the policy's forward and backward and the reference's forward
@@ -1089,7 +1257,7 @@ if __name__ == "__main__":
             n_loss += len(chosen) + len(rejected)
         flops = (6 if sft else 8) * (n_tokens * n_body + n_loss * vocabulary * width)
         record = {"step": step, "epoch": step * batch_size / len(examples), **found}
-        record["lr"] = optimizer.param_groups[0]["lr"]
+        record["lr"] = opt.param_groups[0]["lr"]
         record["pairs_per_s"] = batch_size / seconds
         record["tokens_per_s"] = n_tokens / seconds
         record["peak_gib"] = peak_gib(device)
@@ -1110,11 +1278,12 @@ if __name__ == "__main__":
     # the first steps warm up
     middle = np.median(speeds[min(3, len(speeds) - 1):], axis=0)
     print(f"\nmedian speed {middle[0]:.2f} {noun}/s, {middle[1]:.0f} tokens/s; peak memory {peak_gib(device):.2f} GiB; "
-          f"{time.time() - started:.0f} s in all")
-    follow = "sample.py --model="
-    if sft and not task:
-        follow = f"train.py --method=tdpo2 --data={data} --init_from="
-    print(f"saved {out_dir} | next: python {follow}{out_dir}", flush=True)
+          f"{time.time() - launched:.0f} s in all")
+    follow = f"sample.py --model={out_dir}"
+    if sft:
+        # the embedded task gives its SFT model another name
+        follow = f"train.py --method=tdpo2 --data={data} --init_from={out_dir.removesuffix('-new')}"
+    print(f"saved {out_dir} | next: python {follow}", flush=True)
     if world > 1:
         # the group's threads outlive it while FSDP holds it; one that lets go of a tensor once Python is going down
         # aborts the process, so nothing is taken down here
