@@ -669,7 +669,8 @@ READ = {
     "text": (PLAIN, dict(prompt="q", chosen=" y", rejected=" n"), "q", " y</s>", " n</s>"),
     "transcripts": (PLAIN, dict(chosen=HH + " y", rejected=HH + " n"), HH, " y</s>", " n</s>"),
     "an empty prompt": (PLAIN, dict(prompt="", chosen="y", rejected="n"), "</s>", "y</s>", "n</s>"),
-    "scores do no harm": (PLAIN, dict(prompt="q", chosen="y", rejected="n", score=1, id="x"), "q", "y</s>", "n</s>"),
+    "other columns": (PLAIN, dict(prompt="q", chosen="y", rejected="n", score=1, id="x", tools="[]", images=[],
+                                  system="", history=None, messages="y"), "q", "y</s>", "n</s>"),
     "messages": (CHATS, dict(prompt=turns("q"), chosen=answer("y"), rejected=answer("n")), ASKED, "y<end>", "n<end>"),
     "a prompt that is text": (CHATS, dict(prompt="q", chosen=answer("y"), rejected=answer("n")), ASKED, "y<end>",
                               "n<end>"),
@@ -727,7 +728,9 @@ UNREAD = [
     (PLAIN, dict(prompt="q", chosen="y", rejected="n", images=["x.png"]), "has 'images', which is not read"),
     (PLAIN, dict(prompt="q", chosen="y", rejected="n", system="be"), "has 'system' beside text"),
     (PLAIN, dict(prompt="say it", chosen="say it y", rejected="say it n"), "repeat the prompt"),
-    (PLAIN, dict(prompt="hi", chosen=HH + " y", rejected=HH + " n"), "whole transcripts beside a prompt"),
+    (PLAIN, dict(prompt="hi", chosen=HH + " y", rejected=HH + " n"), "beside whole transcripts, remove prompt"),
+    (PLAIN, dict(prompt="hi", chosen="y\n\nHuman: so?\n\nAssistant: y", rejected="n"), "a turn of the human in a resp"),
+    (PLAIN, dict(prompt="q", chosen="y", rejected="n", messages=turns("a", "b")), "has 'messages', which is not read"),
     (PLAIN, dict(prompt="q", chosen="[{'role': 'user', 'content': 'q'}]", rejected="[{'role': ..."), "written as text"),
     (CHATS, dict(prompt=turns("q"), chosen=turns("q", "y"), rejected=turns("q", "n")), "repeat the prompt's messages"),
     (CHATS, dict(prompt="other", chosen=turns("q", "y"), rejected=turns("q", "n")), "none of its messages"),
@@ -1606,6 +1609,16 @@ def test_a_reference_with_padding_is_compared_over_common_rows(runs):
         kls.append((q.exp() * (q - p)).sum().item())
     assert log[0]["eval_kl_l"] == approx(np.mean(kls), rel=1e-4) and np.mean(kls) > 1e-3
     says(0, "over 1 prompts", "sample.py", "--model=rows110", "--ref=rows120", "--prompt=q", "--out=x.jsonl")
+
+
+def test_splits_of_a_data_set_are_trained_on_and_held_out(runs, sources):
+    folder, _ = sources
+    chat_model("letters")
+    options = on_pairs("split-run", f"--data={folder}/dict", "--init_from=letters", "--max_steps=1",
+                       "--data_split=other", "--eval_split=train")
+    out = says(0, "saved split-run", "train.py", *options)
+    assert "held out: 5 read = 5 evaluated + 0 beyond --eval_pairs + 0 left out" in out
+    assert "pairs: 5 read = 5 to train on + 0 held out + 0 left out" in out
 
 
 def test_what_a_run_does_not_do_is_said(runs):

@@ -221,8 +221,9 @@ def configure(argv):
 # -----------------------------------------------------------------------------
 # own data: rows, then text, then tokens
 
-# what would condition the answer, and is not read
-UNREAD = ("history", "context", "documents", "image", "images", "audio", "audios", "video", "videos")
+# columns that the answer may depend on, and that are not read
+UNREAD = ("history", "conversations", "system_prompt", "system_message", "context", "documents", "image", "images",
+          "audio", "audios", "video", "videos")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ASSISTANT = "\n\nAssistant:"
 
@@ -237,7 +238,11 @@ def render(row, tokenizer, sft=False):
     row = without_nulls(row)
     for name in UNREAD:
         if row.get(name):
-            raise ValueError(f"has {name!r}, which is not read: write it into the prompt, or remove the column")
+            raise ValueError(f"has {name!r}, which is not read: write it into prompt or system, or remove the column")
+    if not sft and row.get("messages", row.get("chosen")) != row.get("chosen"):
+        raise ValueError("has 'messages', which is not read: make it the prompt, or remove the column")
+    if row.get("tools") in ("[]", "null"):
+        del row["tools"]
 
     # the columns of the responses
     names = ["chosen", "rejected"]
@@ -277,8 +282,8 @@ def render(row, tokenizer, sft=False):
         raise ValueError("has identical responses")
     if prompt.strip() and all(x.strip().startswith(prompt.strip()) for x in responses):
         raise ValueError("has responses that repeat the prompt: take it off them")
-    if all(x.startswith("\n\nHuman:") and ASSISTANT in x for x in responses):
-        raise ValueError("has whole transcripts beside a prompt: remove the column prompt")
+    if any("\n\nHuman:" in x for x in responses):
+        raise ValueError("has a turn of the human in a response: cut it there; beside whole transcripts, remove prompt")
     return (None if whole else prompt), [prompt + x for x in responses]
 
 
@@ -338,8 +343,10 @@ def render_messages(row, prompt, responses, tokenizer):
             if without != messages and text == chat(tokenizer, without, False, tools):
                 raise ValueError(f"has {key}, of which the model's chat template prints nothing")
     # a generation prompt may open a block that finished turns do not have, say <think>
-    asked = chat(tokenizer, first[:shared], False, tools)
-    if not all(x.startswith(prompt) or x.startswith(asked) for x in texts):
+    begin = prompt
+    if not all(x.startswith(prompt) for x in texts):
+        begin = chat(tokenizer, first[:shared], False, tools)
+    if not all(x.startswith(begin) for x in texts):
         raise ValueError("has a response that, in the chat template, does not continue the prompt")
     return prompt, texts
 
@@ -489,7 +496,7 @@ def show_examples(examples, tokenizer, count):
     """Print the first examples as the model sees them, and how long all are."""
     for where, _, (prompt, *responses) in examples[:count]:
         print(f"\n{where}\n  prompt   |" + tokenizer.decode(prompt).replace("\n", "\\n"))
-        for name, response in zip(("chosen", "rejected"), responses):
+        for name, response in zip(("chosen", "rejected"), filter(None, responses)):
             tokens = "".join(f"[{tokenizer.decode(token)}]" for token in response)
             print(f"  {name:8} |" + tokens.replace("\n", "\\n"))
     print("\ntokens in [] carry loss; special tokens are shown, \\n is a line's end\n")
@@ -671,9 +678,10 @@ def packing_error(model, examples, attention):
     """
     config = model.config.get_text_config()
     longest = max(len(prompt) + max(map(len, responses)) - 1 for prompt, *responses in examples)
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Conv1d):
-            return f"it has recurrent or convolutional layers ({name}), which mix the sequences of a row"
+    mixing = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Conv1d)]
+    mixing += [x for x in getattr(config, "layer_types", None) or () if re.search("linear|mamba|recurrent|conv", x)]
+    if mixing:
+        return f"it has recurrent or convolutional layers ({mixing[0]}), which mix the sequences of a row"
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, name, None) not in (None, 1):
             return f"its {name} of {getattr(config, name)} changes logits behind the output layer"
