@@ -112,71 +112,95 @@ def load_reference(path, model, tokenizer):
 # -----------------------------------------------------------------------------
 # rows of any source
 
+KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 
-def read_rows(source, split="train", config=""):
+
+def read_rows(source, split="", config="", default="train"):
     """[(where, row)] of .jsonl, .json, .csv (also .gz) or .parquet files (* in a name: several), of a directory that
-    datasets knows, or of a hub dataset. A row is a dict, or a str that says what is wrong with it. A source that cannot
-    be read ends the program with one sentence."""
+    datasets knows, or of a hub dataset, whose split is default where none is named. A row is a dict, or a str that says
+    what is wrong with it. A source that cannot be read ends the program with one sentence."""
     # a file, several by a pattern, or none
-    kind = os.path.splitext(source.lower().removesuffix(".gz"))[1]
-    files = [source]
-    if not os.path.exists(source):
-        files = sorted(glob.glob(source))
+    path = os.path.expanduser(source)
+    kind = os.path.splitext(path.lower().removesuffix(".gz"))[1]
+    files = [path]
+    if not os.path.exists(path):
+        files = sorted(glob.glob(path, recursive=True))
     rows = []
     try:
-        if files and kind in (".jsonl", ".json", ".csv", ".txt"):
-            for path in files:
-                rows += read_text(path, kind)
-            return rows
-        if files and kind == ".parquet":
-            table = load_dataset("parquet", data_files=[glob.escape(path) for path in files], split="train")
-        elif glob.glob(glob.escape(source) + "/state.json"):
-            table = load_from_disk(source)
-        elif glob.glob(glob.escape(source) + "/dataset_dict.json"):
-            table = load_from_disk(source)
-            if split not in table:
-                raise ValueError(f'Unknown split "{split}". Should be one of {list(table)}.')
-            table = table[split]
-        elif os.path.isdir(source) or re.fullmatch(r"[\w-]+/[\w.-]+", source):
-            table = load_dataset(source, config or None, split=split)
+        saved = glob.glob(glob.escape(path) + "/state.json")
+        if split and (saved or kind in KINDS):
+            raise ValueError("it has no splits: leave --data_split and --eval_split out, and name files of either")
+        if kind in KINDS and not files:
+            raise ValueError("there is no such file")
+        if kind == ".parquet":
+            table = load_dataset("parquet", data_files=[glob.escape(x) for x in files], split="train")
+        elif kind in KINDS:
+            for file in files:
+                rows += read_text(file, kind)
+            table = []
+        elif saved:
+            table = load_from_disk(path)
+        elif os.path.exists(os.path.join(path, "dataset_dict.json")):
+            tables = load_from_disk(path)
+            if (split or default) not in tables:
+                raise ValueError(f'Unknown split "{split or default}". Should be one of {list(tables)}.')
+            table = tables[split or default]
+        elif glob.glob(glob.escape(path) + "/*.csv"):
+            raise ValueError(f"of a directory with .csv files name the files: {source}/*.csv")
+        elif os.path.isdir(path) or re.fullmatch(r"[\w-]+/[\w.-]+", source):
+            table = load_dataset(path, config or None, split=split or default)
         else:
             raise ValueError("it is no .jsonl, .json, .csv or .parquet file, no directory and no hub id (owner/name)")
+        rows += [(f"{source} row {n}", row) for n, row in enumerate(table, 1)]
     except Exception as error:      # datasets wraps what its readers raise: the last cause is the one that tells
         while error.__cause__:
             error = error.__cause__
         said = str(error).split("\nExample")[0].replace("\n", " ")
-        if "split" in said or "onfig" in said:
+        if re.search("Unknown split|Config name|BuilderConfig", said):
             said += " Options: --data_split, --eval_split, --data_config"
         sys.exit(f"error: cannot read {source}: {said}")
-    return [(f"{source} row {n}", row) for n, row in enumerate(table, 1)]
+    if not rows:
+        sys.exit(f"error: {source} has no rows")
+    return rows
 
 
 def read_text(path, kind):
-    """The same of one .jsonl, .json or .csv file, which may be compressed."""
+    """The same of one .jsonl, .json, .csv or .txt file, which may be compressed."""
     with open(path, "rb") as f:
         content = f.read()
     if path.lower().endswith(".gz"):
         content = gzip.decompress(content)
+
     # a cell is text: None, NA and 007 are answers
     if kind == ".csv":
-        table = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
-        return [(f"{path} row {n}", row) for n, row in enumerate(table, 1)]
+        csv.field_size_limit(2**31 - 1)
+        table = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
+        rows = []
+        for n, row in enumerate(table, 1):
+            if None in row:
+                row = "has more cells than there are columns: quote those that hold commas"
+            rows.append((f"{path} row {n}", row))
+        return rows
 
     # a list of rows, an object of columns, an object around either, or one row; else .json holds lines, too
     if kind == ".json":
         try:
             table = json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             table = None
-        while isinstance(table, dict) and len(table) == 1:
-            table = list(table.values())[0]
+        while isinstance(table, dict) and len(table) == 1 and are_rows(*table.values()):
+            (table,) = table.values()
         if isinstance(table, dict):
             columns = list(table.values())
-            if not all(isinstance(x, list) and len(x) == len(columns[0]) for x in columns):
-                raise ValueError(f"an object with {', '.join(table)} is no list of rows and no object of equal columns")
-            table = [dict(zip(table, values)) for values in zip(*columns)]
-        if table is not None:
-            return [(f"{path} row {n}", row) for n, row in enumerate(table, 1)]
+            lists = [x for x in columns if isinstance(x, list) and (are_rows(x) or x and not isinstance(x[0], dict))]
+            if not lists:
+                table = [table]
+            elif len(lists) == len(columns) and len(set(map(len, columns))) == 1:
+                table = [dict(zip(table, values)) for values in zip(*columns)]
+            else:
+                raise ValueError(f"its object of {', '.join(table)} is no list of rows, nor of equally long columns")
+        if isinstance(table, list):
+            return [(f"{path} row {n}", object_or_reason(row)) for n, row in enumerate(table, 1)]
 
     # line by line, so that a bad line has a number and costs only itself
     rows = []
@@ -188,7 +212,7 @@ def read_text(path, kind):
             if kind == ".txt":
                 row = {"prompt": row}
             else:
-                row = json.loads(row)
+                row = object_or_reason(json.loads(row))
         except (ValueError, RecursionError) as error:
             row = f"is not JSON: {error}"
         rows.append((f"{path} line {n}", row))
@@ -197,6 +221,47 @@ def read_text(path, kind):
 
 # -----------------------------------------------------------------------------
 # prompts and responses
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def are_rows(x):
+    """Whether it is an object, or a list of objects that are no messages."""
+    return isinstance(x, dict) or isinstance(x, list) and all(isinstance(y, dict) and "role" not in y for y in x)
+
+
+def object_or_reason(row):
+    """The row, or what is wrong with it."""
+    return row if isinstance(row, dict) else "is not a JSON object"
+
+
+def without_nulls(x):
+    """Without the keys that a table fills up with null."""
+    if isinstance(x, dict):
+        return {name: without_nulls(value) for name, value in x.items() if value is not None}
+    if isinstance(x, list):
+        return [without_nulls(value) for value in x]
+    return x
+
+
+def read_message(message):
+    """A message as templates take it: a known role, and content that is text. ValueError: what is wrong with it."""
+    if not isinstance(message, dict):
+        raise ValueError("has a message that is no object with role and content")
+    if "from" in message:
+        raise ValueError("has messages of from and value: rename them to role and content, and human and gpt to user "
+                         "and assistant")
+    if message.get("role") not in ROLES:
+        raise ValueError(f"has a message of the role {message.get('role')!r}: rename it to one of {', '.join(ROLES)}")
+    content = message.get("content", "" if message.get("tool_calls") else None)
+    if isinstance(content, list):
+        parts = [x.get("text") if isinstance(x, dict) and x.get("type") == "text" else None for x in content]
+        content = "".join(parts) if all(isinstance(x, str) for x in parts) else None
+    if not isinstance(content, str):
+        raise ValueError(f"has a message of the {message['role']} without content, or whose content is not text")
+    # tables fill up with empty lists and texts, too
+    message = {name: x for name, x in message.items() if x not in ("", [])}
+    return {**message, "content": content}
 
 
 def chat(tokenizer, messages, generation_prompt=True, tools=None):
@@ -411,7 +476,9 @@ def write_samples(args, model, tokenizer, ref, texts):
         line = f"{name:9} | {len(responses)} responses"
         for key, values in stats.items():
             mean, error = ratio_mean(values, lengths if key in ("entropy", "surprisal") else None, index)
-            line += f" | {key} {mean:.4f} ± {error:.4f}"
+            line += f" | {key} {mean:.4f}"
+            if len(texts) > 1:
+                line += f" ± {error:.4f}"
         means.append(line)
 
     # the file, then the screen
@@ -504,6 +571,7 @@ if __name__ == "__main__":
         (judged and not (args.prompts and args.out), f"--format={args.format} needs --prompts and --out"),
         (judged and (args.prompt or args.ref or args.num_samples > 1),
          f"--format={args.format} has no use for --prompt, --ref and --num_samples"),
+        (args.chat and not (args.prompt or args.prompts), "--chat: a run's own prompts have gone through it"),
         (args.prompt and args.prompts, "--prompt and --prompts exclude each other"),
         (not (args.prompt or args.prompts or os.path.exists(held_out)),
          f"{args.model} is no run that held out prompts: give --prompt or --prompts"),
@@ -535,17 +603,25 @@ if __name__ == "__main__":
 
     # messages go through the chat template
     texts = []
-    if tokenizer.chat_template and not args.chat and args.prompt:
-        print("note: the prompt is taken as it stands; --chat puts it through the model's chat template")
+    own = not (args.prompt or args.prompts)
+    if tokenizer.chat_template and not (args.chat or own) and any(isinstance(row["prompt"], str) for _, row in rows):
+        print("note: text is taken as it stands; --chat puts it through the model's chat template")
     for where, row in rows:
         text = row["prompt"]
         if args.chat and isinstance(text, str):
             text = [{"role": "user", "content": text}]
-        if isinstance(text, list):
-            try:
-                text = chat(tokenizer, text)
-            except ValueError as error:
-                sys.exit(f"error: {where} {error}")
+        try:
+            if isinstance(text, list):
+                row = without_nulls({**row, "prompt": text})
+                messages = [read_message(x) for x in row["prompt"]]
+                if row.get("system"):
+                    messages.insert(0, read_message({"role": "system", "content": row["system"]}))
+                text = chat(tokenizer, messages, tools=row.get("tools") or None)
+            elif row.get("system") or row.get("tools"):
+                raise ValueError("has system or tools beside text: give the prompt as messages")
+            text.encode()
+        except ValueError as error:
+            sys.exit(f"error: {where} {error}")
         texts.append(text)
 
     # by default the reference is the one that the checkpoint was trained against

@@ -4,6 +4,7 @@ Longer rounds: TDPO_KILLS=20 (kills), TDPO_RUNS=100 (runs under torchrun), TDPO_
 Benchmark: python test_tdpo.py [N V d] times the loss layer.
 """
 import contextlib
+import datetime
 import fcntl
 import functools
 import glob
@@ -622,6 +623,9 @@ CHAT = ("{{ bos_token }}{% for m in messages %}<im>{{ m.role }}\n{{ m.content }}
 CALLS = "{% for t in tools or [] %}{{ t.name }};{% endfor %}" + CHAT.replace(
     "<end>", "{% for c in m.tool_calls or [] %}[{{ c.name }}]{% endfor %}<end>")
 THINK = CHAT.replace("m.content", "m.content.split('</think>')[-1]").replace("assistant\n{%", "assistant\n<think>{%")
+# knows two roles, and the arguments of calls
+KNOWN = CHAT.replace("<im>", "{% if m.role in ['user', 'assistant'] %}<im>", 1).replace(
+    "<end>\n", "{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}<end>\n{% endif %}", 1)
 DATED = "{{ strftime_now('%Y-%m-%d') }} " + CHAT
 
 
@@ -676,6 +680,10 @@ READ = {
                               "n<end>"),
     "whole conversations": (CHATS, dict(prompt="q", chosen=turns("q", "y"), rejected=turns("q", "n")), ASKED, "y<end>",
                             "n<end>"),
+    "what a table fills up with": (CHATS, dict(
+        prompt="", chosen=turns("q", *answer("y", tool_calls=[], reasoning_content="", name=None)),
+        rejected=turns("q", "n"), messages=None, tools=[]), ASKED, "y<end>", "n<end>"),
+    "a greeting": (PLAIN, dict(prompt="Hi", chosen="Hi!", rejected="Hi you"), "Hi", "Hi!</s>", "Hi you</s>"),
     "parts of text": (CHATS, dict(prompt=turns("q"), chosen=answer(PARTS), rejected=answer("n")), ASKED, "yes<end>",
                       "n<end>"),
     "a system column": (CHATS, dict(prompt=turns("q"), chosen=answer("y"), rejected=answer("n"), system="be"),
@@ -695,6 +703,8 @@ READ = {
                                      rejected=answer("n")), ASKED, "y<end>", "n<end>"),
     "a thinking block that is opened": (dict(CHATS, template=THINK), dict(prompt=turns("q"), chosen=answer("y"),
                                         rejected=answer("n")), ASKED, "y<end>", "n<end>"),
+    "a block that is no token": (dict(CHATS, template=THINK.replace("<think>", "<thought>")), dict(
+        prompt=turns("q"), chosen=answer("<table>"), rejected=answer("<tr>")), ASKED, "<table><end>", "<tr><end>"),
     "space before every text": (dict(space=True), dict(prompt="a b", chosen=" y", rejected=" n"), "a b", " y</s>",
                                 " n</s>"),
     "space before every turn": (dict(CHATS, space=True), dict(prompt=turns("q"), chosen=answer("y"),
@@ -711,7 +721,7 @@ def test_what_is_trained_is_what_was_meant(name):
     assert ids == tokenizer(prompt, add_special_tokens=False)["input_ids"]
     for response, tokens in zip(responses, found):
         assert ids + tokens == tokenizer(prompt + response, add_special_tokens=False)["input_ids"]
-    assert counts["shortened"] == (options.get("template") == THINK)
+    assert counts["shortened"] == ("<th" in options.get("template", ""))
 
 
 ALIKE = dict(prompt="q", chosen="y", rejected="y")
@@ -727,12 +737,22 @@ UNREAD = [
     (PLAIN, dict(prompt="q", chosen="y", rejected="n", history=[["a", "b"]]), "has 'history', which is not read"),
     (PLAIN, dict(prompt="q", chosen="y", rejected="n", images=["x.png"]), "has 'images', which is not read"),
     (PLAIN, dict(prompt="q", chosen="y", rejected="n", system="be"), "has 'system' beside text"),
-    (PLAIN, dict(prompt="say it", chosen="say it y", rejected="say it n"), "repeat the prompt"),
+    (PLAIN, dict(prompt="now say it", chosen="now say it y", rejected="now say it n"), "repeat the prompt"),
     (PLAIN, dict(prompt="hi", chosen=HH + " y", rejected=HH + " n"), "beside whole transcripts, remove prompt"),
     (PLAIN, dict(prompt="hi", chosen="y\n\nHuman: so?\n\nAssistant: y", rejected="n"), "a turn of the human in a resp"),
     (PLAIN, dict(prompt="q", chosen="y", rejected="n", messages=turns("a", "b")), "has 'messages', which is not read"),
     (PLAIN, dict(prompt="q", chosen="[{'role': 'user', 'content': 'q'}]", rejected="[{'role': ..."), "written as text"),
+    (PLAIN, dict(chosen='{"role": "user", "content": "q"}', rejected="n"), "written as text in 'chosen'"),
+    (PLAIN, dict(prompt=turns("q"), chosen="y", rejected="n"), "messages in 'prompt', but not in all of"),
+    (PLAIN, dict(prompt="q", chosen="y</s>", rejected="y"), "identical responses"),
     (CHATS, dict(prompt=turns("q"), chosen=turns("q", "y"), rejected=turns("q", "n")), "repeat the prompt's messages"),
+    (CHATS, dict(prompt=[SYSTEM, *turns("q")], chosen=turns("q", "y"), rejected=turns("q", "n")), "repeat the"),
+    (CHATS, dict(chosen=answer("y"), rejected=answer("n")), "has no prompt before its answers"),
+    (CHATS, dict(prompt=turns("q"), chosen=answer("y", reasoning_content="r"), rejected=answer("n")), "has reasoning"),
+    (dict(CHATS, template=KNOWN), dict(prompt=[SYSTEM, *turns("q")], chosen=answer("y"), rejected=answer("n")),
+     "a text of the system that the model's chat template does not print"),
+    (dict(CHATS, template=KNOWN), dict(prompt=turns("q"), chosen=answer("y", tool_calls=[dict(arguments='{"a": 1}')]),
+                                       rejected=answer("n")), "arguments of a tool call as text"),
     (CHATS, dict(prompt="other", chosen=turns("q", "y"), rejected=turns("q", "n")), "none of its messages"),
     (CHATS, dict(chosen=turns("q", "y"), rejected=turns("q", "y")), "identical or empty"),
     (CHATS, dict(chosen=[], rejected=[]), "identical or empty"),
@@ -746,7 +766,7 @@ UNREAD = [
     (CHATS, dict(prompt=turns("q"), chosen=answer("y", tool_calls=CALL), rejected=answer("n")), "has tool_calls, of"),
     (CHATS, dict(prompt=turns("q"), chosen=answer("y"), rejected=answer("n"), tools=CALL), "has tools, of which"),
     (CHATS, dict(prompt=turns("q"), chosen=turns(SYSTEM, "y"), rejected=answer("n"), system="no"), "another system"),
-    (dict(adds=("<s>", "$A")), dict(prompt="q", chosen="y<new>", rejected="n"), "has the token 102: "),
+    (dict(adds=("<s>", "$A")), dict(prompt="q", chosen="y<new>", rejected="n"), "does not know: 102 of 102"),
 ]
 
 
@@ -859,12 +879,22 @@ def test_all_forms_of_a_source_hold_the_same_rows(sources, monkeypatch):
             sample.read_rows(form, "test")
     with pytest.raises(SystemExit, match=r"\['one', 'two'\].*--data_config"):
         sample.read_rows("configs")
-    for source in ("nowhere.jsonl", "shards/*.csv", "a.other"):
-        with pytest.raises(SystemExit, match=f"cannot read {re.escape(source)}: it is no .jsonl"):
-            sample.read_rows(source)
+    os.mkdir("tables")
+    shutil.copy("a.csv", "tables")
     write_lines("odd.json", ['{"prompt": ["a"], "chosen": ["b", "c"]}'])
-    with pytest.raises(SystemExit, match="no object of equal columns"):
-        sample.read_rows("odd.json")
+    write_lines("comma.csv", ["prompt,chosen,rejected", "q,y, and more,n", "q,y,n"])
+    for source, split, said in (("nowhere.jsonl", "", "there is no such file"), ("shards/*.csv", "", "no such file"),
+                                ("x/y.json", "", "no such file"), ("a.other", "", "it is no .jsonl"),
+                                ("a.jsonl", "test", "it has no splits"), ("saved", "test", "it has no splits"),
+                                ("tables", "", r"name the files: tables/\*.csv"), ("odd.json", "", "equally long")):
+        with pytest.raises(SystemExit, match=f"cannot read {re.escape(source)}: .*{said}"):
+            sample.read_rows(source, split)
+    assert "more cells than there are columns" in sample.read_rows("comma.csv")[0][1]
+    for content, expected in ((rows[0], rows[:1]), (dict(text=["a", "b"]), [dict(text="a"), dict(text="b")]),
+                              (dict(messages=turns("q")), [dict(messages=turns("q"))]),
+                              (["a"], ["is not a JSON object"])):
+        json.dump(content, open("shape.json", "w"))
+        assert [row for _, row in sample.read_rows("shape.json")] == expected
 
 
 def test_odd_texts_survive(tmp_path):
@@ -1452,7 +1482,7 @@ def test_kills_leave_the_last_save(runs):
 
 def test_memory_is_flat(runs):
     """The peak of a run's memory is reached early. TDPO_STEPS=500 for a closer look."""
-    steps = int(os.environ.get("TDPO_STEPS", 120))
+    steps = int(os.environ.get("TDPO_STEPS", 60))
     peaks = [x["peak_gib"] for x in steps_of(trained("flat", f"--max_steps={steps}", "--eval_interval=0"))]
     assert peaks[-1] < 1.02 * peaks[steps // 2]
 
@@ -1506,7 +1536,7 @@ FILES = [       # (lines of pairs.jsonl, further options, what the message says)
     ([GOOD], "--init_from=nobody/nothing", "cannot load nobody/nothing.*--data=reviews"),
     ([GOOD], "--init_from=no-tokenizer", "no-tokenizer"),
     ([GOOD], "--init_from=remote-code", "cannot load remote-code"),
-    ([GOOD], "--init_from=fewer-rows", r"has the token \d+: the model knows 61"),
+    ([GOOD], "--init_from=fewer-rows", "a token that the model does not know: .* of 61"),
     ([GOOD], "--init_from=adapter", "adapter is an adapter, no whole model"),
     ([GOOD], "--init_from=nan-weights", "nan-weights: its weights are not finite: transformer.wte.weight"),
     ([GOOD], "--ref_from=nan-weights", "nan-weights: its weights are not finite: transformer.wte.weight"),
@@ -1588,6 +1618,12 @@ def yesterday():
     now = time.time
     time.time = lambda: now() - 86400
 
+    class Yesterday(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls.fromtimestamp(time.time(), tz)
+    datetime.datetime = Yesterday
+
 
 def test_a_template_with_the_date_does_not_stop_a_resumed_run(runs):
     data = chat_model("dated", DATED)
@@ -1646,10 +1682,14 @@ def test_sample_needs_no_eos_and_says_what_it_does_with_a_prompt(runs, broken_mo
     tokenizer = spelled(eos=None, bos="<s>", template=CHAT)
     tokenizer.save_pretrained("no-eos")
     run = ["sample.py", "--model=no-eos", "--max_new_tokens=4", "--out=no-eos.jsonl"]
-    says(0, "note: the prompt is taken as it stands; --chat", *run, "--prompt=q")
+    says(0, "note: text is taken as it stands; --chat", *run, "--prompt=q")
     assert lines_of("no-eos.jsonl")[0]["tokens"] == 4
     assert "note" not in says(0, "over 1 prompts", *run, "--prompt=q", "--chat")
     assert lines_of("no-eos.jsonl")[0]["prompt"] == ASKED
+    write_lines("odd-prompts.jsonl", [dict(prompt="\ud800")])
+    write_lines("human.jsonl", [dict(prompt=[dict(role="human", content="q")])])
+    says(1, "error: odd-prompts.jsonl line 1 ", *run, "--prompts=odd-prompts.jsonl")
+    says(1, "error: human.jsonl line 1 has a message of the role 'human'", *run, "--prompts=human.jsonl")
     says(1, "no chat template", "sample.py", "--model=sft", "--prompt=q", "--chat", "--out=x.jsonl")
     says(1, "weights are not finite", "sample.py", "--model=nan-weights", "--prompt=q", "--out=x.jsonl")
 

@@ -52,7 +52,8 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import chat_template_utils
 
 import eval_imdb
-from sample import DEVICES, chat, encode_prompt, load_model, load_reference, opening, parse, read_rows, stop_tokens
+from sample import (DEVICES, chat, encode_prompt, load_model, load_reference, opening, parse, read_message, read_rows,
+                    stop_tokens, without_nulls)
 from tdpo import fused_sft_loss, fused_tdpo_loss
 
 # -----------------------------------------------------------------------------
@@ -62,7 +63,7 @@ alpha = 0.5                 # weight of the sequential KL in tdpo2, Eq. 17
 beta = 0.1                  # tie to the reference; fdpo wants far less (0.03 on HH, 1e-5 on IMDb)
 # data
 data = "reviews"            # reviews (embedded), imdb, hh, .jsonl/.json/.csv/.parquet files, a directory, a hub dataset
-data_split = "train"        # of a directory or hub dataset
+data_split = ""             # of a directory or hub dataset; default: train
 data_config = ""            # of a directory or hub dataset that has several
 eval_data = ""              # held-out pairs in the same forms; default: a tenth of the prompts, or hh's test split
 eval_split = ""             # the split of eval_data, or, without it, of data, that is held out
@@ -222,15 +223,17 @@ def configure(argv):
 # own data: rows, then text, then tokens
 
 # columns that the answer may depend on, and that are not read
-UNREAD = ("history", "conversations", "system_prompt", "system_message", "context", "documents", "image", "images",
-          "audio", "audios", "video", "videos")
-ROLES = ("system", "developer", "user", "assistant", "tool")
+UNREAD = ("history", "conversations", "system_prompt", "system_message", "chat_template_kwargs", "functions", "context",
+          "documents", "image", "images", "audio", "audios", "video", "videos")
+# messages that were written as text, as a list or one alone
+AS_TEXT = r"""\s*\[?\s*\{(?=[^}]*['"](role|from)['"]\s*:)(?=[^}]*['"](content|value)['"]\s*:)"""
 ASSISTANT = "\n\nAssistant:"
 
 
 def render(row, tokenizer, sft=False):
-    """(prompt, responses) of a row, as text: each response with the prompt in front of it. SFT has one response, and no
-    prompt (None) where a whole text is trained. ValueError: what is wrong with the row."""
+    """(prompt, responses, whether the prompt lacks the end of a generation prompt) of a row, as text: each response
+    with the prompt in front of it. SFT has one, and no prompt (None) where a whole text is trained. ValueError: what is
+    wrong with the row."""
     if isinstance(row, str):
         raise ValueError(row)
     if not isinstance(row, dict):
@@ -238,7 +241,8 @@ def render(row, tokenizer, sft=False):
     row = without_nulls(row)
     for name in UNREAD:
         if row.get(name):
-            raise ValueError(f"has {name!r}, which is not read: write it into prompt or system, or remove the column")
+            raise ValueError(f"has {name!r}, which is not read: write it into prompt, system or messages of role and "
+                             "content, or remove the column")
     if not sft and row.get("messages", row.get("chosen")) != row.get("chosen"):
         raise ValueError("has 'messages', which is not read: make it the prompt, or remove the column")
     if row.get("tools") in ("[]", "null"):
@@ -248,7 +252,12 @@ def render(row, tokenizer, sft=False):
     names = ["chosen", "rejected"]
     if sft:
         names = [name for name in ("chosen", "completion", "messages", "text") if name in row][:1] or ["chosen"]
+    if sft and row.get("label") is False:
+        raise ValueError("has the label false: its answer is not to be learned")
     prompt, responses = row.get("prompt"), [row.get(name) for name in names]
+    for name, text in zip(["prompt", *names], [prompt, *responses]):
+        if isinstance(text, str) and re.match(AS_TEXT, text):
+            raise ValueError(f"has messages written as text in {name!r}: parse the column (json.loads) first")
 
     # chat messages have rules of their own
     if all(isinstance(x, list) for x in responses):
@@ -267,24 +276,23 @@ def render(row, tokenizer, sft=False):
 
     # what cannot be meant
     for name, text in zip(["prompt", *names], [prompt, *responses]):
+        if isinstance(text, (list, dict)):
+            raise ValueError(f"has messages in {name!r}, but not in all of {', '.join(names)}: give lists of messages")
         if not isinstance(text, str):
             raise ValueError(f"has no text in {name!r}; its columns are {', '.join(map(str, row))}")
         if name != "prompt" and not text.strip():
             raise ValueError(f"has an empty {name!r}")
-        if any("\ud800" <= c <= "\udfff" for c in text):
-            raise ValueError(f"has half a surrogate pair in {name!r}, which is no text")
-        if re.match(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]", text):
-            raise ValueError(f"has messages written as text in {name!r}: parse the column (json.loads) first")
     for name in ("system", "tools"):
         if row.get(name):
             raise ValueError(f"has {name!r} beside text: give chosen and rejected as messages, or write it into prompt")
     if len(set(responses)) < len(responses):
         raise ValueError("has identical responses")
-    if prompt.strip() and all(x.strip().startswith(prompt.strip()) for x in responses):
+    # an answer to "Hi" may begin so, too
+    if len(prompt.split()) > 2 and all(x.strip().startswith(prompt.strip()) for x in responses):
         raise ValueError("has responses that repeat the prompt: take it off them")
     if any("\n\nHuman:" in x for x in responses):
         raise ValueError("has a turn of the human in a response: cut it there; beside whole transcripts, remove prompt")
-    return (None if whole else prompt), [prompt + x for x in responses]
+    return (None if whole else prompt), [prompt + x for x in responses], False
 
 
 def render_messages(row, prompt, responses, tokenizer):
@@ -295,16 +303,16 @@ def render_messages(row, prompt, responses, tokenizer):
     before = []
     if isinstance(prompt, list):
         before = [read_message(x) for x in prompt]
-        if before and all(x[:len(before)] == before for x in conversations):
-            raise ValueError("has responses that repeat the prompt's messages: remove the column prompt")
-    elif isinstance(prompt, str) and not asked:
+        if before and all(before[-1] in x for x in conversations):
+            raise ValueError("has responses that repeat the prompt's messages: keep these turns in one of the two")
+    elif isinstance(prompt, str) and prompt.strip() and not asked:
         before = [read_message({"role": "user", "content": prompt})]
-    elif prompt is not None and (not isinstance(prompt, str) or prompt.strip() not in asked):
+    elif prompt not in (None, "") and (not isinstance(prompt, str) or prompt.strip() not in asked):
         raise ValueError("has a prompt that is none of its messages: remove the column, or make it a message")
     conversations = [before + x for x in conversations]
 
     # a system column is the first message
-    if row.get("system"):
+    if str(row.get("system", "")).strip():
         system = read_message({"role": "system", "content": row["system"]})
         if any(x["role"] == "system" and x != system for messages in conversations for x in messages):
             raise ValueError("has a system column and another system message: remove one of them")
@@ -321,6 +329,8 @@ def render_messages(row, prompt, responses, tokenizer):
         roles = [x["role"] for x in messages[shared:]]
         if not roles or not (messages[-1]["content"].strip() or messages[-1].get("tool_calls")):
             raise ValueError("has identical or empty responses")
+        if shared == 0 and roles[0] == "assistant":
+            raise ValueError(f"has no prompt before its answers; its columns are {', '.join(map(str, row))}")
         if shared == 0 or roles[0] != "assistant":
             raise ValueError(f"has a turn of the {roles[0]} where its answer should be, behind a prompt in common")
         if len(roles) > 1:
@@ -330,7 +340,10 @@ def render_messages(row, prompt, responses, tokenizer):
     tools = row.get("tools") or None
     # some tables hold them as JSON
     if isinstance(tools, str):
-        tools = json.loads(tools)
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            raise ValueError("has tools that are no JSON")
     prompt = chat(tokenizer, first[:shared], tools=tools)
     if tools and prompt == chat(tokenizer, first[:shared]):
         raise ValueError("has tools, of which the model's chat template prints nothing")
@@ -338,43 +351,28 @@ def render_messages(row, prompt, responses, tokenizer):
     for messages in conversations:
         text = chat(tokenizer, messages, False, tools)
         texts.append(text)
-        for key in ("tool_calls", "reasoning_content", "thinking"):
+        # a role that the template does not know, words beside a call, a call, reasoning
+        marks = [f"|{n}|" if message["content"].strip() else "" for n, message in enumerate(messages)]
+        marked = chat(tokenizer, [{**x, "content": mark} for x, mark in zip(messages, marks)], False, tools)
+        for mark, message in zip(marks, messages):
+            if mark not in marked:
+                raise ValueError(f"has a text of the {message['role']} that the model's chat template does not print")
+        for key in ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"):
             without = [{name: x for name, x in message.items() if name != key} for message in messages]
             if without != messages and text == chat(tokenizer, without, False, tools):
                 raise ValueError(f"has {key}, of which the model's chat template prints nothing")
-    # a generation prompt may open a block that finished turns do not have, say <think>
-    begin = prompt
-    if not all(x.startswith(prompt) for x in texts):
-        begin = chat(tokenizer, first[:shared], False, tools)
-    if not all(x.startswith(begin) for x in texts):
+        if re.search(r'"arguments": "\{', text) and any("tool_calls" in x for x in messages):
+            raise ValueError("has arguments of a tool call as text, which the template encodes once more: parse them")
+
+    # a generation prompt may open a block that finished turns do not have, say <think>: the prompt ends before it
+    if all(x.startswith(prompt) for x in texts):
+        return prompt, texts, False
+    asked = chat(tokenizer, first[:shared], False, tools)
+    finished = chat(tokenizer, [*first[:shared], {"role": "assistant", "content": "|"}], False, tools)
+    begin = os.path.commonprefix([prompt, finished])
+    if not all(x.startswith(begin) for x in texts) or not begin.startswith(asked):
         raise ValueError("has a response that, in the chat template, does not continue the prompt")
-    return prompt, texts
-
-
-def without_nulls(x):
-    """Without the keys that a table fills up with null."""
-    if isinstance(x, dict):
-        return {name: without_nulls(value) for name, value in x.items() if value is not None}
-    if isinstance(x, list):
-        return [without_nulls(value) for value in x]
-    return x
-
-
-def read_message(message):
-    """A message as templates take it: a known role, and content that is text. ValueError: what is wrong with it."""
-    if not isinstance(message, dict):
-        raise ValueError("has a message that is no object with role and content")
-    if "from" in message:
-        raise ValueError("has messages of from and value: rename them to role and content, and human and gpt to user "
-                         "and assistant")
-    if message.get("role") not in ROLES:
-        raise ValueError(f"has a message of the role {message.get('role')!r}: rename it to one of {', '.join(ROLES)}")
-    content = message.get("content", "" if message.get("tool_calls") else None)
-    if isinstance(content, list) and all(isinstance(x, dict) and x.get("type") == "text" for x in content):
-        content = "".join(x["text"] for x in content)
-    if not isinstance(content, str):
-        raise ValueError(f"has a message of the {message['role']} without content, or whose content is not text")
-    return {**message, "content": content}
+    return begin, texts, True
 
 
 def encode_pair(prompt, texts, tokenizer, stops):
@@ -388,14 +386,12 @@ def encode_pair(prompt, texts, tokenizer, stops):
         ids = encode_prompt(tokenizer, prompt)
     # what all three begin with
     shared = len(os.path.commonprefix([ids, *joint]))
-    crossed = shared < len(ids) or min(map(len, joint)) == shared
-    if crossed and prompt is not None and all(text.startswith(prompt) for text in texts):
-        # a token lies across the border
-        responses = [tokenizer(text[len(prompt):], add_special_tokens=False)["input_ids"] for text in texts]
-    else:
-        # a generation prompt that finished turns do not repeat is left out
-        ids = ids[:shared]
-        responses = [x[shared:] for x in joint]
+    responses = [x[shared:] for x in joint]
+    if prompt is not None and (shared < len(ids) or min(map(len, responses)) == 0):
+        # a token lies across the border: apart, behind a line's end, where no tokenizer puts a space of its own
+        line = tokenizer("\n", add_special_tokens=False)["input_ids"]
+        for n, text in enumerate(texts):
+            responses[n] = tokenizer("\n" + text[len(prompt):], add_special_tokens=False)["input_ids"][len(line):]
 
     # what a text or a template has at its end: EOS, perhaps several, and space behind it
     for n, response in enumerate(responses):
@@ -416,21 +412,22 @@ def make_examples(rows, source, model, tokenizer, run):
     rows are left out and counted; more of them than a share run["bad_rows"] end the program.
 
     As in DPO, a pair over max_length first loses prompt, down to max_prompt_length, then the ends of its responses."""
-    if not rows:
-        sys.exit(f"error: {source} has no rows")
     examples, bad = [], {}
     counts = collections.Counter(read=len(rows))
     stops = stop_tokens(model, tokenizer)
     known = len(model.get_input_embeddings().weight)
     for where, row in tqdm(rows, desc="reading", leave=False, disable=None):
         try:
-            prompt, texts = render(row, tokenizer, run["method"] == "sft")
+            prompt, texts, shortened = render(row, tokenizer, run["method"] == "sft")
+            if any("\ud800" <= c <= "\udfff" for text in texts for c in text):
+                raise ValueError("has half a surrogate pair, which is no text")
             ids, chosen, rejected = encode_pair(prompt, texts, tokenizer, stops)
             highest = max([*ids, *chosen, *rejected])
             if highest >= known:
-                raise ValueError(f"has the token {highest}: the model knows {known}")
-            if prompt is not None and not texts[0].startswith(prompt):
-                counts["shortened"] += 1
+                raise ValueError(f"has a token that the model does not know: {highest} of {known}")
+            if chosen == rejected:
+                raise ValueError("has identical responses")
+            counts["shortened"] += shortened
 
             # too long: first the prompt gives way, but for BOS, then both responses
             if len(ids) + max(len(chosen), len(rejected)) > run["max_length"]:
@@ -976,7 +973,7 @@ if __name__ == "__main__":
             source = eval_imdb.build_pairs(options, model, tokenizer, prefixes["train"], score)
         rows, held_rows = read_rows(source, data_split, data_config), []
         if held_source:
-            held_rows = read_rows(held_source, eval_split or "test", data_config)
+            held_rows = read_rows(held_source, eval_split, data_config, default="test")
 
     # from rows to tokens; what is held out is of other prompts
     found, counts = make_examples(rows, source, model, tokenizer, options)
