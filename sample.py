@@ -26,7 +26,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
-from datasets import load_dataset, load_from_disk
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -132,6 +131,9 @@ def read_rows(source, split="", config="", default="train"):
             raise ValueError("it has no splits: leave --data_split and --eval_split out, and name files of either")
         if kind in KINDS and not files:
             raise ValueError("there is no such file")
+        # text needs no datasets, whose import takes seconds
+        if kind not in KINDS or kind == ".parquet":
+            from datasets import load_dataset, load_from_disk
         if kind == ".parquet":
             table = load_dataset("parquet", data_files=[glob.escape(x) for x in files], split="train")
         elif kind in KINDS:
@@ -190,6 +192,7 @@ def read_text(path, kind):
             table = None
         while isinstance(table, dict) and len(table) == 1 and are_rows(*table.values()):
             (table,) = table.values()
+        # one row has no lists, but of messages
         if isinstance(table, dict):
             columns = list(table.values())
             lists = [x for x in columns if isinstance(x, list) and (are_rows(x) or x and not isinstance(x[0], dict))]
@@ -253,10 +256,15 @@ def read_message(message):
                          "and assistant")
     if message.get("role") not in ROLES:
         raise ValueError(f"has a message of the role {message.get('role')!r}: rename it to one of {', '.join(ROLES)}")
-    content = message.get("content", "" if message.get("tool_calls") else None)
+
+    # a call needs no content; parts are joined, if all are text
+    content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        content = ""
     if isinstance(content, list):
-        parts = [x.get("text") if isinstance(x, dict) and x.get("type") == "text" else None for x in content]
-        content = "".join(parts) if all(isinstance(x, str) for x in parts) else None
+        parts = [x.get("text") for x in content if isinstance(x, dict) and x.get("type") == "text"]
+        if len(parts) == len(content) and all(isinstance(x, str) for x in parts):
+            content = "".join(parts)
     if not isinstance(content, str):
         raise ValueError(f"has a message of the {message['role']} without content, or whose content is not text")
     # tables fill up with empty lists and texts, too
@@ -603,6 +611,7 @@ if __name__ == "__main__":
 
     # messages go through the chat template
     texts = []
+    # a run's own prompts went through it when they were trained on
     own = not (args.prompt or args.prompts)
     if tokenizer.chat_template and not (args.chat or own) and any(isinstance(row["prompt"], str) for _, row in rows):
         print("note: text is taken as it stands; --chat puts it through the model's chat template")

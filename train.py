@@ -238,6 +238,8 @@ def render(row, tokenizer, sft=False):
         raise ValueError(row)
     if not isinstance(row, dict):
         raise ValueError("is not a JSON object")
+
+    # what would be lost
     row = without_nulls(row)
     for name in UNREAD:
         if row.get(name):
