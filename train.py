@@ -245,7 +245,7 @@ def render(row, tokenizer, sft=False):
         if row.get(name):
             raise ValueError(f"has {name!r}, which is not read: write it into prompt, system or messages of role and "
                              "content, or remove the column")
-    if not sft and row.get("messages", row.get("chosen")) != row.get("chosen"):
+    if not sft and row.get("messages") and row["messages"] not in (row.get("chosen"), row.get("prompt")):
         raise ValueError("has 'messages', which is not read: make it the prompt, or remove the column")
     if row.get("tools") in ("[]", "null"):
         del row["tools"]
