@@ -633,8 +633,9 @@ def spelled(eos="</s>", bos=None, adds=(), space=False, template=None):
     """A tokenizer whose tokens are characters and SPECIAL. adds: what it puts around every text by itself; space: it
     puts a space token before every piece of text, as Llama 2's does."""
     from tokenizers import Tokenizer, decoders, models, normalizers, processors
-    letters = [*SPECIAL, "\u2581", "\n", *map(chr, range(32, 127))]
-    inner = Tokenizer(models.BPE({c: n for n, c in enumerate(letters)}, [], unk_token="<s>"))
+    letters = [*SPECIAL, "\u2581", "\n", *map(chr, range(32, 127)), "\n\n", "nk"]
+    merges = [("\n", "\n"), ("n", "k")]
+    inner = Tokenizer(models.BPE({c: n for n, c in enumerate(letters)}, merges, unk_token="<s>"))
     if space:
         inner.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     inner.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse()])
@@ -725,6 +726,15 @@ def test_what_is_trained_is_what_was_meant(name):
     assert counts["shortened"] == ("<th" in options.get("template", ""))
 
 
+@pytest.mark.parametrize("space, prompt, chosen", [(False, "a\n", "\ny"), (False, "ban", "k of"),
+                                                   (True, "ban", "k of")])
+def test_a_token_across_the_border_loses_and_adds_nothing(space, prompt, chosen):
+    tokenizer = spelled(space=space)
+    ((_, _, (ids, found, _)),), _ = read([dict(prompt=prompt, chosen=chosen, rejected="n")], tokenizer)
+    assert ids == tokenizer(prompt)["input_ids"]
+    assert tokenizer.decode(ids + found).strip(" ") == prompt + chosen + "</s>"
+
+
 ALIKE = dict(prompt="q", chosen="y", rejected="y")
 CALL = [dict(name="t")]
 # (tokenizer, row, why it is not trained)
@@ -767,7 +777,7 @@ UNREAD = [
     (CHATS, dict(prompt=turns("q"), chosen=answer("y", tool_calls=CALL), rejected=answer("n")), "has tool_calls, of"),
     (CHATS, dict(prompt=turns("q"), chosen=answer("y"), rejected=answer("n"), tools=CALL), "has tools, of which"),
     (CHATS, dict(prompt=turns("q"), chosen=turns(SYSTEM, "y"), rejected=answer("n"), system="no"), "another system"),
-    (dict(adds=("<s>", "$A")), dict(prompt="q", chosen="y<new>", rejected="n"), "does not know: 102 of 102"),
+    (dict(adds=("<s>", "$A")), dict(prompt="q", chosen="y<new>", rejected="n"), "does not know: 104 of 104"),
 ]
 
 
@@ -776,7 +786,7 @@ def test_bad_rows_say_why(options, row, message):
     tokenizer = spelled(**options)
     tokenizer.add_tokens(["<new>"])
     with pytest.raises(SystemExit, match="1 bad rows of 1; 1 x row 1 .*" + re.escape(message)):
-        read([row], tokenizer, known=102)
+        read([row], tokenizer, known=104)
 
 
 def test_long_pairs_lose_prompt_but_bos_then_the_ends_of_responses():

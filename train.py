@@ -390,10 +390,15 @@ def encode_pair(prompt, texts, tokenizer, stops):
     shared = len(os.path.commonprefix([ids, *joint]))
     responses = [x[shared:] for x in joint]
     if prompt is not None and (shared < len(ids) or min(map(len, responses)) == 0):
-        # a token lies across the border: apart, behind a line's end, where no tokenizer puts a space of its own
+        # a token lies across the border: apart, if it can be behind a line's end, where no tokenizer puts a space
         line = tokenizer("\n", add_special_tokens=False)["input_ids"]
         for n, text in enumerate(texts):
-            responses[n] = tokenizer("\n" + text[len(prompt):], add_special_tokens=False)["input_ids"][len(line):]
+            text = text[len(prompt):]
+            found = tokenizer("\n" + text, add_special_tokens=False)["input_ids"]
+            if found[:len(line)] == line:
+                responses[n] = found[len(line):]
+            else:
+                responses[n] = tokenizer(text, add_special_tokens=False)["input_ids"]
 
     # what a text or a template has at its end: EOS, perhaps several, and space behind it
     for n, response in enumerate(responses):
@@ -413,7 +418,7 @@ def make_examples(rows, source, model, tokenizer, run):
     """([(where, prompt as text, example)], counts) of rows: an example is (prompt, chosen, rejected) as token ids. Bad
     rows are left out and counted; more of them than a share run["bad_rows"] end the program.
 
-    As in DPO, a pair over max_length first loses prompt, down to max_prompt_length, then the ends of its responses."""
+    As in DPO, of a pair over max_length the prompt is cut to max_prompt_length first, then the ends of its responses."""
     examples, bad = [], {}
     counts = collections.Counter(read=len(rows))
     stops = stop_tokens(model, tokenizer)
