@@ -418,7 +418,7 @@ def make_examples(rows, source, model, tokenizer, run):
     """([(where, prompt as text, example)], counts) of rows: an example is (prompt, chosen, rejected) as token ids. Bad
     rows are left out and counted; more of them than a share run["bad_rows"] end the program.
 
-    As in DPO, of a pair over max_length the prompt is cut to max_prompt_length first, then the ends of its responses."""
+    As in DPO, of a pair over max_length the prompt is cut to max_prompt_length, then the ends of its responses."""
     examples, bad = [], {}
     counts = collections.Counter(read=len(rows))
     stops = stop_tokens(model, tokenizer)
