@@ -116,8 +116,8 @@ KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 
 def read_rows(source, split="", config="", default="train"):
     """[(where, row)] of .jsonl, .json, .csv (also .gz) or .parquet files (* in a name: several), of a directory that
-    datasets knows, or of a hub dataset, whose split is default where none is named. A row is a dict, or a str that says
-    what is wrong with it. A source that cannot be read ends the program with one sentence."""
+    datasets knows, or of a hub dataset, whose split is default where none is named. A row that cannot be read is a
+    ValueError, which says why. A source that cannot be read ends the program with one sentence."""
     # a file, several by a pattern, or none
     path = os.path.expanduser(source)
     kind = os.path.splitext(path.lower().removesuffix(".gz"))[1]
@@ -180,30 +180,29 @@ def read_text(path, kind):
         rows = []
         for n, row in enumerate(table, 1):
             if None in row:
-                row = "has more cells than there are columns: quote those that hold commas"
+                row = ValueError("has more cells than there are columns: quote those that hold commas")
             rows.append((f"{path} row {n}", row))
         return rows
 
-    # a list of rows, an object of columns, an object around either, or one row; else .json holds lines, too
+    # a list of rows, an object of columns or around rows, or one row; else .json holds lines, too
+    table = None
     if kind == ".json":
         try:
             table = json.loads(content)
         except (ValueError, RecursionError):
-            table = None
-        while isinstance(table, dict) and len(table) == 1 and are_rows(*table.values()):
-            (table,) = table.values()
-        # one row has no lists, but of messages
-        if isinstance(table, dict):
-            columns = list(table.values())
-            lists = [x for x in columns if isinstance(x, list) and (are_rows(x) or x and not isinstance(x[0], dict))]
-            if not lists:
-                table = [table]
-            elif len(lists) == len(columns) and len(set(map(len, columns))) == 1:
-                table = [dict(zip(table, values)) for values in zip(*columns)]
-            else:
-                raise ValueError(f"its object of {', '.join(table)} is no list of rows, nor of equally long columns")
-        if isinstance(table, list):
-            return [(f"{path} row {n}", object_or_reason(row)) for n, row in enumerate(table, 1)]
+            pass
+    if isinstance(table, dict):
+        columns = [x for x in table.values() if is_column(x)]
+        if not columns:
+            table = [table]
+        elif len(table) == 1 and all(isinstance(x, dict) for x in columns[0]):
+            (table,) = columns
+        elif len(columns) == len(table) and len(set(map(len, columns))) == 1:
+            table = [dict(zip(table, values)) for values in zip(*columns)]
+        else:
+            raise ValueError(f"its object of {', '.join(table)} is no list of rows, nor of equally long columns")
+    if isinstance(table, list):
+        return [(f"{path} row {n}", row) for n, row in enumerate(table, 1)]
 
     # line by line, so that a bad line has a number and costs only itself
     rows = []
@@ -212,30 +211,22 @@ def read_text(path, kind):
             continue
         try:
             row = line.decode("utf-8-sig")
-            if kind == ".txt":
-                row = {"prompt": row}
-            else:
-                row = object_or_reason(json.loads(row))
+            row = {"prompt": row} if kind == ".txt" else json.loads(row)
         except (ValueError, RecursionError) as error:
-            row = f"is not JSON: {error}"
+            row = ValueError(f"is not JSON: {error}")
         rows.append((f"{path} line {n}", row))
     return rows
+
+
+def is_column(x):
+    """Whether it is a list, but none of messages."""
+    return isinstance(x, list) and not (x and isinstance(x[0], dict) and "role" in x[0])
 
 
 # -----------------------------------------------------------------------------
 # prompts and responses
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-
-
-def are_rows(x):
-    """Whether it is an object, or a list of objects that are no messages."""
-    return isinstance(x, dict) or isinstance(x, list) and all(isinstance(y, dict) and "role" not in y for y in x)
-
-
-def object_or_reason(row):
-    """The row, or what is wrong with it."""
-    return row if isinstance(row, dict) else "is not a JSON object"
 
 
 def without_nulls(x):

@@ -223,70 +223,81 @@ def configure(argv):
 # own data: rows, then text, then tokens
 
 # columns that the answer may depend on, and that are not read
-UNREAD = ("history", "conversations", "system_prompt", "system_message", "chat_template_kwargs", "functions", "context",
-          "documents", "image", "images", "audio", "audios", "video", "videos")
+UNREAD = ("messages", "history", "conversations", "system_prompt", "system_message", "chat_template_kwargs",
+          "functions", "context", "documents", "image", "images", "audio", "audios", "video", "videos")
 # messages that were written as text, as a list or one alone
 AS_TEXT = r"""\s*\[?\s*\{(?=[^}]*['"](role|from)['"]\s*:)(?=[^}]*['"](content|value)['"]\s*:)"""
 ASSISTANT = "\n\nAssistant:"
 
 
 def render(row, tokenizer, sft=False):
-    """(prompt, responses, whether the prompt lacks the end of a generation prompt) of a row, as text: each response
-    with the prompt in front of it. SFT has one, and no prompt (None) where a whole text is trained. ValueError: what is
-    wrong with the row."""
-    if isinstance(row, str):
-        raise ValueError(row)
+    """A row as text: (prompt, texts, shortened). texts are the chosen and the rejected response, of SFT the one to learn,
+    each with the prompt in front of it; prompt is None where SFT learns the whole text; shortened tells that the prompt
+    ends before the chat template's generation prompt does. ValueError: what is wrong with the row."""
+    if isinstance(row, ValueError):
+        raise row
     if not isinstance(row, dict):
         raise ValueError("is not a JSON object")
 
-    # what would be lost
+    # the columns that are read, {name: text or messages}, the prompt first
     row = without_nulls(row)
-    for name in UNREAD:
-        if row.get(name):
-            raise ValueError(f"has {name!r}, which is not read: write it into prompt, system or messages of role and "
-                             "content, or remove the column")
-    if not sft and row.get("messages") and row["messages"] not in (row.get("chosen"), row.get("prompt")):
-        raise ValueError("has 'messages', which is not read: make it the prompt, or remove the column")
-    if row.get("tools") in ("[]", "null"):
-        del row["tools"]
-
-    # the columns of the responses
     names = ["chosen", "rejected"]
     if sft:
         names = [name for name in ("chosen", "completion", "messages", "text") if name in row][:1] or ["chosen"]
-    if sft and row.get("label") is False:
-        raise ValueError("has the label false: its answer is not to be learned")
-    prompt, responses = row.get("prompt"), [row.get(name) for name in names]
-    for name, text in zip(["prompt", *names], [prompt, *responses]):
+    columns = {name: row.get(name) for name in ("prompt", *names)}
+    prompt, *responses = columns.values()
+
+    # what would be lost, or is not meant
+    for name in UNREAD:
+        if row.get(name) and row[name] not in columns.values():
+            raise ValueError(f"has {name!r}, which is not read: write it into prompt, system or messages of role and "
+                             "content, or remove the column")
+    for name, text in columns.items():
         if isinstance(text, str) and re.match(AS_TEXT, text):
             raise ValueError(f"has messages written as text in {name!r}: parse the column (json.loads) first")
+    if sft and row.get("label") is False:
+        raise ValueError("has the label false: its answer is not to be learned")
+    # some tables hold them as JSON
+    if isinstance(row.get("tools"), str):
+        try:
+            row["tools"] = json.loads(row["tools"])
+        except (ValueError, RecursionError):
+            raise ValueError("has tools that are no JSON")
 
-    # chat messages have rules of their own
     if all(isinstance(x, list) for x in responses):
         return render_messages(row, prompt, responses, tokenizer)
-
-    # two transcripts: the prompt is all up to the last answer
     if prompt is None and all(isinstance(x, str) and ASSISTANT in x for x in responses):
-        prompt = responses[0][:responses[0].rindex(ASSISTANT) + len(ASSISTANT)]
-        if not all(x.startswith(prompt) for x in responses):
-            raise ValueError("has two transcripts that differ before the last assistant turn")
-        responses = [x[len(prompt):] for x in responses]
-    # a text that is trained whole
-    whole = names == ["text"] and prompt is None
-    if whole:
-        prompt = ""
+        return render_transcripts(row, columns)
+    return render_text(row, columns)
 
-    # what cannot be meant
-    for name, text in zip(["prompt", *names], [prompt, *responses]):
-        if isinstance(text, (list, dict)):
-            raise ValueError(f"has messages in {name!r}, but not in all of {', '.join(names)}: give lists of messages")
+
+def render_transcripts(row, columns):
+    """The same of HH's transcripts, whose prompt is all up to the last answer."""
+    _, *texts = columns.values()
+    prompt = texts[0][:texts[0].rindex(ASSISTANT) + len(ASSISTANT)]
+    if not all(x.startswith(prompt) for x in texts):
+        raise ValueError("has two transcripts that differ before the last assistant turn")
+    answers = {name: text[len(prompt):] for name, text in columns.items() if name != "prompt"}
+    return render_text(row, {"prompt": prompt, **answers})
+
+
+def render_text(row, columns):
+    """The same of a prompt and its responses, or of a text that is learned whole."""
+    for name, text in columns.items():
+        if name == "prompt" and text is None and "text" in columns:
+            continue
         if not isinstance(text, str):
-            raise ValueError(f"has no text in {name!r}; its columns are {', '.join(map(str, row))}")
+            raise ValueError(f"has no text in {name!r}, nor messages in all of {', '.join(columns)}; its columns are "
+                             f"{', '.join(map(str, row))}")
         if name != "prompt" and not text.strip():
             raise ValueError(f"has an empty {name!r}")
+    prompt, *responses = columns.values()
     for name in ("system", "tools"):
         if row.get(name):
             raise ValueError(f"has {name!r} beside text: give chosen and rejected as messages, or write it into prompt")
+    if prompt is None:
+        return None, responses, False
+
     if len(set(responses)) < len(responses):
         raise ValueError("has identical responses")
     # an answer to "Hi" may begin so, too
@@ -294,7 +305,7 @@ def render(row, tokenizer, sft=False):
         raise ValueError("has responses that repeat the prompt: take it off them")
     if any("\n\nHuman:" in x for x in responses):
         raise ValueError("has a turn of the human in a response: cut it there; beside whole transcripts, remove prompt")
-    return (None if whole else prompt), [prompt + x for x in responses], False
+    return prompt, [prompt + x for x in responses], False
 
 
 def render_messages(row, prompt, responses, tokenizer):
@@ -302,16 +313,15 @@ def render_messages(row, prompt, responses, tokenizer):
     # whole conversations, whether the prompt is a column of messages, of text, or their beginning
     conversations = [[read_message(x) for x in messages] for messages in responses]
     asked = [x["content"].strip() for x in conversations[0] if x["role"] == "user"]
-    before = []
+    if isinstance(prompt, str) and prompt.strip() and not asked:
+        prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, list):
         before = [read_message(x) for x in prompt]
         if before and all(before[-1] in x for x in conversations):
             raise ValueError("has responses that repeat the prompt's messages: keep these turns in one of the two")
-    elif isinstance(prompt, str) and prompt.strip() and not asked:
-        before = [read_message({"role": "user", "content": prompt})]
-    elif prompt not in (None, "") and (not isinstance(prompt, str) or prompt.strip() not in asked):
+        conversations = [before + x for x in conversations]
+    elif prompt and str(prompt).strip() not in ("", *asked):
         raise ValueError("has a prompt that is none of its messages: remove the column, or make it a message")
-    conversations = [before + x for x in conversations]
 
     # a system column is the first message
     if str(row.get("system", "")).strip():
@@ -320,51 +330,34 @@ def render_messages(row, prompt, responses, tokenizer):
             raise ValueError("has a system column and another system message: remove one of them")
         conversations = [x if system in x else [system, *x] for x in conversations]
 
-    # after the turns that they share there is one answer, and nothing that the model did not write
+    # behind the turns that they share there is one answer, and nothing that the model did not write
     first, shared = conversations[0], 0
+    for others in zip(*conversations):
+        if any(x != others[0] for x in others):
+            break
+        shared += 1
+    # of one conversation it is the last message
     if len(conversations) == 1:
-        shared = len(first) - 1
-    else:
-        while all(len(x) > shared and x[shared] == first[shared] for x in conversations):
-            shared += 1
+        shared -= 1
     for messages in conversations:
         roles = [x["role"] for x in messages[shared:]]
         if not roles or not (messages[-1]["content"].strip() or messages[-1].get("tool_calls")):
             raise ValueError("has identical or empty responses")
-        if shared == 0 and roles[0] == "assistant":
+        if shared == 0:
             raise ValueError(f"has no prompt before its answers; its columns are {', '.join(map(str, row))}")
-        if shared == 0 or roles[0] != "assistant":
-            raise ValueError(f"has a turn of the {roles[0]} where its answer should be, behind a prompt in common")
-        if len(roles) > 1:
-            raise ValueError(f"has a turn of the {roles[1]} behind the answer that counts: cut the conversation there")
+        if roles != ["assistant"]:
+            raise ValueError(f"has turns of the {', '.join(roles)} behind the prompt in common, where one answer of "
+                             "the assistant should be: cut the conversation there")
 
-    # templates differ in what they print
+    # the template may not print all of it
     tools = row.get("tools") or None
-    # some tables hold them as JSON
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError):
-            raise ValueError("has tools that are no JSON")
     prompt = chat(tokenizer, first[:shared], tools=tools)
     if tools and prompt == chat(tokenizer, first[:shared]):
         raise ValueError("has tools, of which the model's chat template prints nothing")
     texts = []
     for messages in conversations:
-        text = chat(tokenizer, messages, False, tools)
-        texts.append(text)
-        # a role that the template does not know, words beside a call, a call, reasoning
-        marks = [f"|{n}|" if message["content"].strip() else "" for n, message in enumerate(messages)]
-        marked = chat(tokenizer, [{**x, "content": mark} for x, mark in zip(messages, marks)], False, tools)
-        for mark, message in zip(marks, messages):
-            if mark not in marked:
-                raise ValueError(f"has a text of the {message['role']} that the model's chat template does not print")
-        for key in ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"):
-            without = [{name: x for name, x in message.items() if name != key} for message in messages]
-            if without != messages and text == chat(tokenizer, without, False, tools):
-                raise ValueError(f"has {key}, of which the model's chat template prints nothing")
-        if re.search(r'"arguments": "\{', text) and any("tool_calls" in x for x in messages):
-            raise ValueError("has arguments of a tool call as text, which the template encodes once more: parse them")
+        texts.append(chat(tokenizer, messages, False, tools))
+        check_printed(tokenizer, messages, tools, texts[-1])
 
     # a generation prompt may open a block that finished turns do not have, say <think>: the prompt ends before it
     if all(x.startswith(prompt) for x in texts):
@@ -375,6 +368,22 @@ def render_messages(row, prompt, responses, tokenizer):
     if not all(x.startswith(begin) for x in texts) or not begin.startswith(asked):
         raise ValueError("has a response that, in the chat template, does not continue the prompt")
     return begin, texts, True
+
+
+def check_printed(tokenizer, messages, tools, text):
+    """ValueError if text, the conversation as the template prints it, lacks a message or what came with it."""
+    # a role that the template does not know, words beside a call
+    marks = [f"|{n}|" if x["content"].strip() else "" for n, x in enumerate(messages)]
+    marked = chat(tokenizer, [{**x, "content": mark} for x, mark in zip(messages, marks)], False, tools)
+    for mark, message in zip(marks, messages):
+        if mark not in marked:
+            raise ValueError(f"has a text of the {message['role']} that the model's chat template does not print")
+    for key in ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"):
+        without = [{name: x for name, x in message.items() if name != key} for message in messages]
+        if without != messages and text == chat(tokenizer, without, False, tools):
+            raise ValueError(f"has {key}, of which the model's chat template prints nothing")
+    if re.search(r'"arguments": "\{', text) and any("tool_calls" in x for x in messages):
+        raise ValueError("has arguments of a tool call as text, which the template encodes once more: parse them")
 
 
 def encode_pair(prompt, texts, tokenizer, stops):
