@@ -768,8 +768,10 @@ UNREAD = [
     (CHATS, dict(prompt="other", chosen=turns("q", "y"), rejected=turns("q", "n")), "none of its messages"),
     (CHATS, dict(chosen=turns("q", "y"), rejected=turns("q", "y")), "identical or empty"),
     (CHATS, dict(chosen=[], rejected=[]), "identical or empty"),
-    (CHATS, dict(chosen=turns("q", "y", "a", "b"), rejected=turns("q", "n", "c", "d")), "turns of the assistant, user, assistant behind"),
-    (CHATS, dict(chosen=turns("q", "a", "b", "y"), rejected=turns("q", "a", "c", "n")), "turns of the user, assistant behind"),
+    (CHATS, dict(chosen=turns("q", "y", "a", "b"), rejected=turns("q", "n", "c", "d")), "turns of the assistant, "
+     "user, assistant behind"),
+    (CHATS, dict(chosen=turns("q", "a", "b", "y"), rejected=turns("q", "a", "c", "n")), "turns of the user, "
+     "assistant behind"),
     (CHATS, dict(chosen=turns(dict(role="human", content="q"), "y"), rejected=[]), "role 'human': rename it"),
     (CHATS, dict(chosen=[{"from": "gpt", "value": "y"}], rejected=[]), "rename them to role and content"),
     (CHATS, dict(chosen=["q", "y"], rejected=["q", "n"]), "no object with role and content"),

@@ -231,7 +231,7 @@ ASSISTANT = "\n\nAssistant:"
 
 
 def render(row, tokenizer, sft=False):
-    """A row as text: (prompt, texts, shortened). texts are the chosen and the rejected response, of SFT the one to learn,
+    """A row as text: (prompt, texts, shortened). texts: the chosen and the rejected response, of SFT what is learned,
     each with the prompt in front of it; prompt is None where SFT learns the whole text; shortened tells that the prompt
     ends before the chat template's generation prompt does. ValueError: what is wrong with the row."""
     if isinstance(row, ValueError):
