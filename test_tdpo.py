@@ -9,6 +9,7 @@ import fcntl
 import functools
 import glob
 import gzip
+import importlib.util
 import json
 import logging
 import math
@@ -45,6 +46,7 @@ from torch.nn.attention import flex_attention as flex
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import flex_attention as integration
+from transformers.pytorch_utils import Conv1D
 
 import eval_imdb
 import sample
@@ -594,6 +596,154 @@ def test_metrics_are_of_pairs():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# larger models: adapters, checkpointing, bf16 where it changes nothing, the memory that a step takes
+
+
+def adapted(model, rank=3, low=False):
+    """{layer's name: adapter} of a model that has got them, with a B as after some steps."""
+    train.adapt(model, rank, low)
+    adapters = {name: m.parametrizations.weight[0] for name, m in model.named_modules() if parametrized(m)}
+    for adapter in adapters.values():
+        torch.nn.init.normal_(adapter.B, std=0.02)
+    return adapters
+
+
+def parametrized(module):
+    return torch.nn.utils.parametrize.is_parametrized(module, "weight")
+
+
+@pytest.mark.parametrize("name", [*REGISTERED, "gptj"])
+def test_adapters_are_w_plus_ba(name):
+    """Against the same model whose weights are W + BA, and by the chain rule: dB = dW A^T, dA = B^T dW."""
+    model, whole, ids = tiny(name), tiny(name), torch.tensor([examples_of()[0][0] * 4])
+    before, adapters = model(ids).logits, adapted(model)
+    assert len(adapters) >= 8 and not any("lm_head" in layer or "embed" in layer for layer in adapters)
+    turned = {layer for layer in adapters if isinstance(whole.get_submodule(layer), Conv1D)}
+    for layer, adapter in adapters.items():
+        delta = 32 / 3 * adapter.B @ adapter.A
+        whole.get_submodule(layer).weight.data += delta.T if layer in turned else delta
+    logits, expected = model(ids).logits, whole(ids).logits
+    assert torch.allclose(logits, expected, atol=1e-5) and not torch.allclose(logits, before, atol=1e-2)
+    (logits**3).mean().backward()
+    (expected**3).mean().backward()
+    for layer, adapter in adapters.items():
+        d_weight = whole.get_submodule(layer).weight.grad
+        d_weight = 32 / 3 * (d_weight.T if layer in turned else d_weight)
+        assert torch.allclose(adapter.B.grad, d_weight @ adapter.A.T, atol=1e-6, rtol=1e-4), layer
+        assert torch.allclose(adapter.A.grad, adapter.B.T @ d_weight, atol=1e-6, rtol=1e-4), layer
+    trains = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trains == {f"{layer}.parametrizations.weight.0.{x}" for layer in adapters for x in "AB"}
+
+
+@pytest.mark.parametrize("name", [*REGISTERED, "gptj", "falcon"])
+def test_weights_in_bf16_change_no_bit_under_autocast(name):
+    """Where they are numbers of bf16 already, in fp32 neither; others stay in fp32."""
+    ids, found = torch.tensor([examples_of()[0][0] * 4]), []
+    for low in (False, True):
+        model = tiny(name)
+        model.load_state_dict({key: x.bfloat16().float() for key, x in model.state_dict().items()})
+        train.adapt(model, 0, low)
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append((model(ids).logits, sum(p.nbytes for p in model.parameters())))
+        found[-1] += (model(ids).logits,)
+    (a, many, c), (b, few, d) = found
+    assert torch.equal(a, b) and torch.equal(c, d) and few < 0.9 * many
+    model = tiny(name)
+    train.adapt(model, 0, low=True)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", [*REGISTERED, *MASKED])
+def test_checkpointed_blocks_give_the_same_gradients(name):
+    grads, counts = [], []
+    for checkpointed in (False, True):
+        model, ref, calls = tiny(name), tiny(name, 1), []
+        for m in (model, ref):
+            m.set_attn_implementation("pair_attention" if name in REGISTERED else "eager")
+        for block in train.blocks_of(model):
+            next(block.children()).register_forward_hook(lambda *args: calls.append(1))
+        if checkpointed:
+            train.checkpoint_blocks(model)
+        loss, _ = own_loss(model, ref, examples_of(), 60, "pairs" if name in REGISTERED else "mask")
+        loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+        counts.append(len(calls))
+    assert all(torch.equal(a, b) for a, b in zip(*grads)) and counts[1] == 2 * counts[0] == 4
+
+
+@pytest.mark.parametrize("rank, low", [(0, False), (0, True), (3, True)])
+def test_memory_is_counted_before_it_is_taken(rank, low):
+    """What the pass of a step keeps, counted without data, is what the real one keeps."""
+    model, ref = tiny("llama"), tiny("llama", 1)
+    for m in (model, ref):
+        m.set_attn_implementation("pair_attention")
+    if rank:
+        train.adapt(model, rank, low)
+    total, needs = train.memory_needs(model, ref, examples_of(), "pairs", low, adamw=True, checkpointed=False)
+    kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(x):
+        if x.untyped_storage().data_ptr() not in weights:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", enabled=low):
+        train.response_states(model.base_model, model, train.collate(examples_of()))
+    assert needs["activations"] == approx(sum(x.nbytes() for x in kept.values()), rel=0.02)
+    trained = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+    assert needs["gradients"] == trained and needs["optimizer"] == 2 * trained
+    assert needs["weights"] == sum(p.numel() * p.element_size() for p in model.parameters())
+    assert needs["reference"] == 4 * ref.num_parameters()
+    assert total == approx(sum(needs.values()))
+    _, less = train.memory_needs(model, model, examples_of(), "pairs", low, adamw=True, checkpointed=True)
+    assert less["reference"] == 0 and 0 < less["activations"] < 0.6 * needs["activations"]
+    # FlexAttention keeps no scores, so its passes grow with their tokens
+    rows = [10 * examples_of()[:n] for n in (1, 2)]
+    a, b = [train.memory_needs(model, ref, row, "flex", low, False, False)[1]["activations"] for row in rows]
+    sizes = [sum(map(train.size, row)) for row in rows]
+    assert low or b / a == approx(sizes[1] / sizes[0], rel=0.05)
+
+
+LORA = ["--lora_rank=3", "--eval_interval=5"]
+
+
+@pytest.mark.parametrize("options", ([], ["--dtype=bfloat16", "--optimizer=adamw"], ["--method=sft"]))
+def test_adapters_are_trained_saved_merged_and_resumed(runs, options):
+    """state.pt has them alone; the directory is an ordinary model; the reference is the model without them."""
+    name = "lora" + "".join(options)
+    trained(name + "-whole", *LORA, *options, "--max_steps=10")
+    trained(name, *LORA, *options, "--max_steps=5")
+    resumed(name, "--max_steps=10")
+    same_run(name + "-whole", name)
+    first, state = log_of(name)[0], train.load_state(name)
+    if "--method=sft" not in options:
+        assert first["eval_kl_l"] == first["eval_kl_w"] == 0 and first["eval_loss"] == approx(math.log(2))
+        assert steps_of(name)[-1]["kl_l"] > 1e-4
+    start, merged = sample.load_model("sft")[0], sample.load_model(name)[0]
+    ids = torch.arange(40)[None]
+    train.adapt(start, 3, low="bfloat16" in name)
+    plain = start(ids).logits
+    assert sorted(state["weights"]) == sorted(n for n, p in start.named_parameters() if p.requires_grad)
+    start.load_state_dict(state["weights"], strict=False)
+    assert torch.allclose(start(ids).logits, merged(ids).logits, atol=1e-5)
+    assert not torch.allclose(plain, merged(ids).logits, atol=1e-3)
+    assert merged.dtype == torch.float32 and merged.transformer.wte.weight.equal(start.transformer.wte.weight)
+
+
+def test_adapters_are_refused_where_several_processes_share_a_model(runs):
+    codes, out = many(2, *on_pairs("many-lora", "--lora_rank=2"))
+    assert all(codes) and "--lora_rank works in one process" in out and "Traceback" not in out, out
+
+
+def test_options_for_larger_models_change_rate_and_memory_alone(runs):
+    plain, checkpointed = [trained(name, "--max_steps=3", f"--checkpoint_activations={name == 'again'}")
+                           for name in ("once", "again")]
+    same_run(plain, checkpointed)
+    for options, rate in (([], 5e-5), (["--learning_rate=1e-6"], 1e-6)):
+        run = train.configure(["--lora_rank=4", "--data=hh", "--init_from=x", "--out_dir=x", *options])
+        assert run["learning_rate"] == approx(rate)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # text to tokens
 
 
@@ -993,7 +1143,8 @@ def test_a_classifier_is_a_reward(words, tmp_path):
 # scripts as users run them, each in a process of its own, in the folder that the fixture `runs` made
 
 
-FORKS = multiprocessing.get_context("forkserver")       # its server imports everything once; each run is a fork of it
+# a server imports everything once and forks for each run, which a process that has seen a GPU must not
+FORKS = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 FORKS.set_forkserver_preload(["test_tdpo"])
 
 
@@ -1358,11 +1509,13 @@ def test_changed_data_are_refused(runs):
     ("tied", ((3, 10),), []),
     ("bias", ((1, 5), (2, 10)), ["--init_from=bias"]),
     ("adamw", ((2, 5), (1, 10)), ["--method=sft", "--optimizer=adamw"]),
+    ("bf16", ((2, 10),), ["--init_from=bf16", "--dtype=bfloat16"]),
 ])
 def test_any_number_of_processes_ends_where_one_does(runs, words, name, parts, options):
     """parts: (processes, steps) of a run that stops and goes on. The model called bias has one in its output layer."""
-    if name == "bias":
-        config = hf.PhiConfig(**dict(SIZES, vocab_size=len(words)), **MIDDLE, eos_token_id=0)
+    sizes = dict(SIZES, vocab_size=len(words), eos_token_id=0)
+    if name in ("bias", "bf16"):
+        config = hf.PhiConfig(**sizes, **MIDDLE) if name == "bias" else hf.LlamaConfig(**sizes, **GROUPS)
         tiny(config).save_pretrained(name)
         words.save_pretrained(name)
     options = ["--batch_size=7", "--eval_interval=5", *options]
@@ -1372,7 +1525,11 @@ def test_any_number_of_processes_ends_where_one_does(runs, words, name, parts, o
         codes, out = many(count, *go, f"--max_steps={steps}")
         assert codes == [0] * count and out.count("median speed") == 1, out
         go = ["--resume=True", f"--out_dir={name}-parts"]
-    same_run(name + "-whole", name + "-parts", exactly=False)
+    if name != "bf16":
+        same_run(name + "-whole", name + "-parts", exactly=False)
+    else:           # several processes gather norms in bf16, too
+        for x, y in zip(steps_of("bf16-whole"), steps_of("bf16-parts")):
+            assert x["loss"] == approx(y["loss"], rel=3e-4) and x["grad_norm"] == approx(y["grad_norm"], rel=1e-3)
     sample.load_model(name + "-parts")
 
 
@@ -1867,11 +2024,19 @@ def bench_one(form, N, V, d):
     for _ in range(4):
         once(case)
     seconds = float(np.median(times[2:]))
-    show(N, V, d, form, seconds, 8e-12 * N * V * d / seconds, train.peak_gib(device) - before)
+    return dict(seconds=seconds, tflops=8e-12 * N * V * d / seconds, gib=train.peak_gib(device) - before)
 
 
 def show(*cells):
     print("| " + " | ".join(f"{x:.4g}" if isinstance(x, float) else str(x) for x in cells) + " |", flush=True)
+
+
+def last_json(*command):
+    """What a process of this file prints last."""
+    path = os.path.join(HERE, "test_tdpo.py")
+    done = subprocess.run([sys.executable, path, *map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def bench_layer(*sizes):
@@ -1879,12 +2044,164 @@ def bench_layer(*sizes):
     show("N", "V", "d", "form", "s", "TFLOP/s", "GiB")
     show(*["---"] * 7)
     for form in FORMS:
-        if subprocess.run([sys.executable, __file__, "one", form, *sizes]).returncode:
-            show(*sizes, form, "failed")
+        show(*sizes, form, *last_json("one", form, *sizes).values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the day a GPU is there: python test_tdpo.py gpu FOLDER measures all that needs one. It writes gpu.json and gpu.md
+# after each item, and goes on where it was stopped
+
+
+QWEN = dict(vocab_size=151936, num_hidden_layers=28, tie_word_embeddings=True, max_position_embeddings=4096)
+GPU_MODELS = {
+    "gpt2-large": hf.GPT2Config(n_embd=1280, n_layer=36, n_head=20),
+    "0.6B": hf.Qwen3Config(**QWEN, hidden_size=1024, intermediate_size=3072, num_attention_heads=16,
+                           num_key_value_heads=8, head_dim=128),
+    "1.5B": hf.Qwen2Config(**QWEN, hidden_size=1536, intermediate_size=8960, num_attention_heads=12,
+                           num_key_value_heads=2),
+}
+TOY_MODELS = {"toy": hf.LlamaConfig(**dict(SIZES, vocab_size=2048, max_position_embeddings=512), **GROUPS)}
+
+
+def numbers_model(folder, config, pairs):
+    """A model of random weights in bf16 whose words are numbers, and pairs as long as HH's: prompts of 100 tokens,
+    responses of 65 in the middle."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    inner = Tokenizer(models.WordLevel({"<eos>": 0, **{str(n): n for n in range(1, 1000)}}, unk_token="<eos>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    hf.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = 0
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    rng, rows = np.random.default_rng(0), []
+    for _ in range(pairs):
+        lengths = np.exp(rng.normal((4.6, 4.2, 4.2), (0.8, 0.7, 0.7))).clip(2, 400).astype(int)
+        texts = [" ".join(map(str, rng.integers(1, 1000, n))) for n in lengths]
+        rows.append(dict(zip(("prompt", "chosen", "rejected"), (texts[0], " " + texts[1], " " + texts[2]))))
+    return write_lines(folder + ".jsonl", rows)
+
+
+def profiled():
+    """before: the five largest costs of step 4, in profile.json."""
+    profiler = torch.profiler.profile()
+
+    def in_step(n):
+        if n == 3:
+            profiler.start()
+        if n == 4:
+            profiler.stop()
+            cost = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+            events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, cost))
+            whole = sum(getattr(event, cost) for event in events)
+            costs = [dict(cost=event.key[:80], share=getattr(event, cost) / whole) for event in events[:5]]
+            json.dump(costs, open("profile.json", "w"))
+    stepping(in_step)
+
+
+def ours(model, path, steps, *options, before=nothing):
+    """Speed and memory of train.py: the median step behind three that warm up."""
+    options = ["--bad_rows=0", "--eval_pairs=8", "--eval_interval=0", "--save_interval=0", "--out_dir=run",
+               "--overwrite=True", f"--data={path}", f"--init_from={model}", f"--max_steps={steps}", *options]
+    says(0, "saved run", "train.py", *options, before=before)
+    found = steps_of("run")
+    return {name: float(np.median([x[name] for x in found[3:]])) for name in ("pairs_per_s", "mfu", "peak_gib")
+            if name in found[-1]} | dict(losses=[x["loss"] for x in found])
+
+
+def by_trl(model, path, steps, batch, rank):
+    """The same of TRL's DPOTrainer, in a process of its own: micro-batches of 8 pairs, no gradient checkpointing."""
+    import trl
+    from datasets import Dataset
+    times = []
+
+    class Timer(hf.TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times.append(time.perf_counter())
+    adapters = None
+    if rank:
+        import peft
+        adapters = peft.LoraConfig(r=rank, lora_alpha=32, target_modules="all-linear")
+    settings = trl.DPOConfig(output_dir="trl", per_device_train_batch_size=8, gradient_accumulation_steps=batch // 8,
+                             max_steps=steps, bf16=True, optim="rmsprop", max_length=512, report_to=[],
+                             gradient_checkpointing=False, save_strategy="no", use_cpu=not torch.cuda.is_available())
+    load = functools.partial(AutoModelForCausalLM.from_pretrained, model)
+    trainer = trl.DPOTrainer(model=load(dtype=torch.float32), args=settings, peft_config=adapters, callbacks=[Timer()],
+                             ref_model=None if rank else load(dtype=torch.float32),
+                             train_dataset=Dataset.from_list(lines_of(path)),
+                             processing_class=AutoTokenizer.from_pretrained(model))
+    trainer.train()
+    speed = batch / float(np.median(np.diff(times)[2:]))
+    print(json.dumps(dict(pairs_per_s=speed, peak_gib=train.peak_gib(sample.DEVICES[0]))))
+
+
+def gpu_day(folder, toy=False):
+    """{item: what was measured}, also in folder/gpu.json; an item that fails says why, and the others go on."""
+    os.makedirs(folder, exist_ok=True)
+    steps, batch, models = (12, 64, GPU_MODELS) if not toy else (5, 8, TOY_MODELS)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    with contextlib.chdir(folder):
+        found = json.load(open("gpu.json")) if os.path.exists("gpu.json") else {}
+
+        def item(name, measure, *args, **options):
+            if name not in found:
+                began = time.time()
+                try:
+                    found[name] = measure(*args, **options)
+                except BaseException as error:      # pytest's own failures are no Exceptions
+                    found[name] = dict(failed=str(error)[-2000:])
+                print(f"{name}: {found[name]} in {time.time() - began:.0f} s", flush=True)
+            with open("gpu.json", "w") as f:
+                json.dump(found, f, indent=1)
+            with open("gpu.md", "w") as f:
+                f.write(f"{device}, torch {torch.__version__}\n\n| item | measured |\n|---|---|\n")
+                for name, values in found.items():
+                    f.write(f"| {name} | {json.dumps(values)} |\n")
+
+        if not toy:
+            item("tests", suite)
+        for V in (50257, 128256, 151936) if not toy else (2048,):
+            for form in ("products", "fused"):
+                size = (8192, V, 1024) if not toy else (64, V, 32)
+                item(f"loss layer, {form}, V {V}", last_json, "one", form, *size)
+        for name, config in models.items():
+            path = name + ".jsonl"
+            if not os.path.exists(path):
+                path = numbers_model(name, config, pairs=(steps + 1) * batch + 100)
+            for rank in (0, 16):
+                options = [f"--batch_size={batch}", f"--lora_rank={rank}"]
+                item(f"{name}, rank {rank}", ours, name, path, steps, *options)
+                if importlib.util.find_spec("trl"):
+                    item(f"{name}, rank {rank}, TRL", last_json, "trl", name, path, steps, batch, rank)
+        # the last model, as it is
+        item("profile", lambda: ours(name, path, 5, *options[:1], before=profiled) and json.load(open("profile.json")))
+        item("not compiled", ours, name, path, steps, options[0], "--compile=False")
+    return found
+
+
+def suite():
+    """The tests, on the device that is here."""
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-k", "gpu or packed or fused", __file__],
+                          capture_output=True, text=True)
+    return dict(exit=done.returncode, said=done.stdout.splitlines()[-1])
+
+
+def test_the_day_a_gpu_is_there_works_at_toy_sizes(tmp_path):
+    found = gpu_day(str(tmp_path / "day"), toy=True)
+    assert not [name for name, values in found.items() if "failed" in values], found
+    assert found["toy, rank 0"]["losses"] == approx(found["not compiled"]["losses"], rel=1e-4)
+    assert found["toy, rank 16"]["pairs_per_s"] > 0 and found["loss layer, fused, V 2048"]["tflops"] > 0
+    assert len(found["profile"]) == 5 and 0 < sum(x["share"] for x in found["profile"]) <= 1
+    assert "| profile |" in (tmp_path / "day" / "gpu.md").read_text()
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["one"]:
-        bench_one(sys.argv[2], *map(int, sys.argv[3:]))
+        print(json.dumps(bench_one(sys.argv[2], *map(int, sys.argv[3:]))))
+    elif sys.argv[1:2] == ["trl"]:
+        by_trl(*sys.argv[2:4], *map(int, sys.argv[4:]))
+    elif sys.argv[1:2] == ["gpu"]:
+        gpu_day(*sys.argv[2:] or ["out/gpu"])
     else:
         bench_layer(*sys.argv[1:] or ["4096", "50257", "768"])

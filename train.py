@@ -22,6 +22,7 @@ if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
 
 import argparse
 import collections
+import copy
 import datetime
 import fcntl
 import functools
@@ -40,21 +41,25 @@ import time
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import chat_template_utils
 
 import eval_imdb
 from sample import (DEVICES, chat, encode_prompt, load_model, load_reference, opening, parse, read_message, read_rows,
                     stop_tokens, without_nulls)
-from tdpo import fused_sft_loss, fused_tdpo_loss
+from tdpo import CHUNK_ROWS, fused_sft_loss, fused_tdpo_loss
 
 # -----------------------------------------------------------------------------
 # the objective
@@ -76,6 +81,8 @@ truncation = "left"         # the side on which such a prompt loses tokens: left
 # model
 init_from = ""              # the policy's start: a directory or hub id; scratch is the embedded task's tiny GPT-2
 ref_from = ""               # the reference; default: a frozen copy of init_from
+lora_rank = 0               # train adapters of this rank on the blocks' linear layers, 10 times as fast; 0 trains all
+checkpoint_activations = False  # compute each block's activations twice rather than keep them; changes no result
 # the sentiment task (reviews, imdb): how its pairs are made
 texts = "stanfordnlp/imdb"  # reviews for imdb: a hub id, or a .parquet/.jsonl file with text and split (train, test)
 reward = "siebert/sentiment-roberta-large-english"  # a text-classification model, or exact, the embedded task's
@@ -131,7 +138,7 @@ PRESETS = {
 }
 # what a resumed run may change
 CHANGEABLE = ("resume", "overwrite", "max_steps", "eval_interval", "save_interval", "log_interval", "wandb_log",
-              "micro_tokens", "device", "compile", "out_dir")
+              "micro_tokens", "checkpoint_activations", "device", "compile", "out_dir")
 # dense bf16 FLOP/s by NVIDIA's data sheets, for MFU
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12}
 
@@ -178,6 +185,9 @@ def configure(argv):
         preset.update(resume=True, overwrite=False)
         changed = [name for name in given if name not in CHANGEABLE and given[name] != preset[name]]
     c = argparse.Namespace(**{**defaults, **preset, **given, "out_dir": folder})
+    # adapters want about ten times the rate (Schulman et al., LoRA Without Regret, 2025)
+    if c.lora_rank and not (c.resume or "learning_rate" in given):
+        c.learning_rate *= 10
 
     # options that would be ignored, and values out of range
     task, sft = c.data in eval_imdb.TASKS, c.method == "sft"
@@ -661,6 +671,66 @@ def pair_attention(module, query, key, value, attention_mask, layout=None, scali
     return torch.cat(out)[None], None
 
 
+class Adapter(torch.nn.Module):
+    """A linear layer's weight W as W + 32/rank B A, of which B and A are trained (LoRA: Hu et al., arXiv:2106.09685;
+    the factor makes the learning rate independent of the rank). B is 0 at first. Of rank 0 it is W alone, kept in bf16.
+
+    Autocast takes a bf16 weight as it is; elsewhere it is seen in fp32."""
+    def __init__(self, layer, rank):
+        super().__init__()
+        self.rank = rank
+        # GPT-2's layers hold their weight the other way round
+        self.transposed = isinstance(layer, Conv1D)
+        rows, columns = layer.weight.shape
+        if self.transposed:
+            rows, columns = columns, rows
+        if rank:
+            device = layer.weight.device
+            # drawn on the CPU: the same numbers on any device
+            A = torch.empty(rank, columns).uniform_(-1, 1) / columns**0.5
+            self.A = torch.nn.Parameter(A.to(device))
+            self.B = torch.nn.Parameter(torch.zeros(rows, rank, device=device))
+
+    def forward(self, weight):
+        if not torch.is_autocast_enabled(weight.device.type):
+            weight = weight.float()
+        if not self.rank:
+            return weight
+        delta = self.B @ self.A * (32 / self.rank)
+        if self.transposed:
+            delta = delta.T
+        return weight + delta.to(weight.dtype)
+
+
+def blocks_of(model):
+    """Its transformer blocks, by transformers' own list of modules that stay in one piece."""
+    return [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
+
+
+def checkpoint_blocks(model):
+    """Keep no block's activations for the backward pass, but compute them again. transformers' own switch works in
+    training mode alone, in which some blocks drop out."""
+    for block in blocks_of(model):
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def adapt(model, rank, low):
+    """Freeze a model and put adapters on its blocks' linear layers; of rank 0 they train nothing. low: the weights of
+    these layers become bf16, below adapters always, else where that loses nothing. Embeddings and norms stay in fp32:
+    autocast does not round them either, so its results are the same to the bit."""
+    layers = [m for block in blocks_of(model) for m in block.modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
+    model.requires_grad_(False)
+    for layer in layers:
+        rounded = layer.weight.detach().bfloat16()
+        keep = low and (rank > 0 or bool((rounded == layer.weight).all()))
+        if keep:
+            layer.weight = torch.nn.Parameter(rounded, requires_grad=False)
+        if keep or rank:
+            parametrize.register_parametrization(layer, "weight", Adapter(layer, rank), unsafe=True)
+    if rank and not layers:
+        sys.exit(f"error: --lora_rank={rank}: {type(model).__name__} has no blocks with linear layers; leave it out")
+
+
 AttentionInterface.register("pair_attention", pair_attention)
 AttentionMaskInterface.register("pair_attention", sdpa_mask)
 
@@ -769,15 +839,19 @@ def total(x):
     return x
 
 
-def shard(model, device, compiled):
-    """Spread a model over all processes, block by block (FSDP2), each block compiled where asked."""
+def shard(model, device, compiled, low):
+    """Spread a model over all processes, block by block (FSDP2), each block compiled where asked; low: they gather
+    weights in bf16, and sum gradients in fp32."""
     # blocks first: each gathers its own weights while it computes
+    policy = MixedPrecisionPolicy()
+    # a CPU's LayerNorm takes no bf16 weights
+    if low and not (device == "cpu" and any(isinstance(m, torch.nn.LayerNorm) for m in model.modules())):
+        policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(device, (dist.get_world_size(),))
-    blocks = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
-    for block in blocks:
+    for block in blocks_of(model):
         if compiled:
             block.compile(dynamic=False)
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
 
 
@@ -788,16 +862,23 @@ def save(folder, model, tokenizer, optimizer, step, **origin):
     weights, state = get_state_dict(model, optimizer, options=FULL)
     if dist.is_initialized() and dist.get_rank():
         return
+    # adapters alone are a checkpoint, and everybody else gets W + BA
+    merged = {name: x for name, x in weights.items() if ".parametrizations." not in name}
+    for name, layer in model.named_modules():
+        if parametrize.is_parametrized(layer, "weight"):
+            merged[name + ".weight"] = layer.weight.detach().cpu()
+    if len(merged) < len(weights):
+        weights = {name: x for name, x in weights.items() if name.endswith((".0.A", ".0.B"))}
     # gathered apart, but one tensor in the file
     for name, source in model.all_tied_weights_keys.items():
-        weights[name] = weights[source]
+        merged[name] = merged[source]
     new = os.path.join(folder, ".saving")
     try:
         shutil.rmtree(new, ignore_errors=True)
         os.makedirs(new)
         state = dict(origin, step=step, weights=weights, optimizer=state)
         torch.save(state, os.path.join(new, "state.pt"))
-        model.save_pretrained(new, state_dict=weights)
+        model.save_pretrained(new, state_dict=merged)
         tokenizer.save_pretrained(new)
         for path in glob.glob(glob.escape(new) + "/**", recursive=True):
             # on the disk, should the machine fail
@@ -879,6 +960,56 @@ def preference_metrics(stats):
     return metrics
 
 
+def memory_needs(model, ref, examples, attention, low, adamw, checkpointed, world=1):
+    """(bytes that a training step will take in one of world processes, {what: bytes} of all), before it takes them.
+
+    examples: a row's. ref: None for SFT. low: under bf16 autocast. Activations are what a forward pass keeps for its
+    backward: it is run on tensors without data."""
+    owned = {id(p) for p in model.parameters()}
+    trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    output = model.get_output_embeddings().weight
+    rank = max([m.rank for m in model.modules() if isinstance(m, Adapter)], default=0)
+
+    with FakeTensorMode():
+        twin = type(model)(model.config).eval()
+        twin.set_attn_implementation("pair_attention")
+        if rank:
+            adapt(twin, rank, low)
+        # FlexAttention keeps what plain attention without a mask does
+        batch = collate(examples, attention=attention.replace("flex", "mask"))
+        if attention == "flex":
+            batch["attention"] = {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool)}
+        params = {p.untyped_storage()._cdata for p in twin.parameters()}
+        kept = {}
+
+        def keep(x):
+            if x.untyped_storage()._cdata not in params:
+                kept[x.untyped_storage()._cdata] = x.untyped_storage()
+            return x
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                hidden = response_states(twin.base_model, twin, batch)
+        activations = sum(x.nbytes() for x in kept.values())
+    # the inputs of all blocks, and one block at a time
+    if checkpointed:
+        blocks = len(blocks_of(model))
+        activations = activations / blocks + blocks * 4 * batch["ids"].numel() * hidden.shape[1]
+
+    needs = {"weights": sum(p.nbytes for p in model.parameters()), "gradients": trained}
+    needs["optimizer"] = trained * (2 if adamw else 1)
+    needs["reference"] = 0
+    if ref is not None:
+        needs["reference"] = sum(p.nbytes for p in ref.parameters() if id(p) not in owned)
+    needs["activations"] = activations
+    # three logits of a chunk of tokens; the output layer's gradient, and in bf16 the layer itself
+    rows = CHUNK_ROWS if attention == "flex" else CHUNK_ROWS // 8
+    needs["loss"] = 3 * 4 * min(rows, len(batch["labels"])) * len(output) + 4 * output.numel() * output.requires_grad
+    needs["loss"] += 4 * output.numel() * low
+    # what stays, spread over the processes; and what comes and goes, in a pass or in the optimizer's step
+    stays = sum(needs[name] for name in ("weights", "gradients", "optimizer", "reference"))
+    return stays / world + max(needs["activations"] + needs["loss"], trained / world), needs
+
+
 def peak_gib(device):
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
@@ -908,6 +1039,9 @@ if __name__ == "__main__":
         except (OSError, ValueError) as error:
             sys.exit(f"error: --out_dir={out_dir}: {error}; name a directory that can be written")
     sft, task = method == "sft", data in eval_imdb.TASKS
+    if lora_rank and world > 1:
+        sys.exit("error: --lora_rank works in one process: FSDP would spread the weights that adapters and reference "
+                 "share. Start it without torchrun, or leave --lora_rank out")
     if device == "auto":
         device = DEVICES[0]
     if device not in DEVICES:
@@ -927,7 +1061,7 @@ if __name__ == "__main__":
         score = eval_imdb.load_reward(reward, device)
 
     # one GPU may be too small for a whole model: several processes spread it from the CPU, where they need not sample
-    place = device if world == 1 or task else "cpu"
+    place = device if world == 1 and not lora_rank or task else "cpu"
     if init_from == "scratch":
         model, tokenizer = eval_imdb.scratch_model(seed)
     else:
@@ -960,7 +1094,9 @@ if __name__ == "__main__":
     models = {init_from: model}
     if not sft:
         if not ref_from:
-            ref = load_reference(init_from, model, tokenizer)
+            ref = model
+            if not lora_rank:
+                ref = load_reference(init_from, model, tokenizer)
         models[ref_from or "the reference"] = ref
 
     # a chat template that prints the date prints that of the run's first start
@@ -1019,6 +1155,24 @@ if __name__ == "__main__":
         show_examples(found, tokenizer, show_data)
         sys.exit()
 
+    # adapters on the policy; and weights that autocast rounds anyway need no more than bf16
+    if lora_rank:
+        torch.manual_seed(seed)
+        adapt(model, lora_rank, dtype == "bfloat16")
+    if not sft and lora_rank and not ref_from:
+        # the same model and weights, its adapters off
+        ref = models["the reference"] = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+        for m in ref.modules():
+            if isinstance(m, Adapter):
+                m.rank = 0
+    elif not sft and dtype == "bfloat16":
+        adapt(ref, 0, low=True)
+    for m in models.values():
+        if world == 1:
+            m.to(device)
+    if checkpoint_activations:
+        checkpoint_blocks(model)
+
     # are packed rows exact for these models? On the first example beside the longest sequence, and beside the pair that
     # takes most of a row: GPT-Neo's local attention counts places in a row
     longest = max(examples + held_out, key=lambda e: len(e[0]) + max(len(e[1]), len(e[2])))
@@ -1042,27 +1196,11 @@ if __name__ == "__main__":
             sys.exit(f"error: the data or the model that the run in {out_dir} began with is another now; give back "
                      "what it was, or start another --out_dir")
         try:
-            model.load_state_dict(state["weights"])
+            model.load_state_dict(state["weights"], strict=not lora_rank)
         except RuntimeError as error:
             sys.exit(f"error: the checkpoint in {out_dir} is of another model: {str(error).splitlines()[0]}")
     if world > 1 and rank == 0:
         dist.barrier()
-
-    # states: the hidden states of a row; one call of it gathers what FSDP has spread
-    vocabulary, width = model.get_output_embeddings().weight.shape
-    # rows that only the policy or the reference has are padding
-    common = min(len(m.get_output_embeddings().weight) for m in models.values())
-    n_params = sum(p.numel() for p in model.parameters())
-    n_body = n_params - vocabulary * width
-    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
-        n_body -= vocabulary * width
-    for m in models.values():
-        # several processes compile block by block
-        if world > 1:
-            shard(m, device, compiled)
-        body = torch.compile(m.base_model, dynamic=False) if compiled and world == 1 else m.base_model
-        m.states = functools.partial(response_states, body, m)
-        register_fsdp_forward_method(m, "states")
 
     # -------------------------------------------------------------------------
     # rows: pairs take rows of any length, else a step's tokens make rows of one length
@@ -1078,11 +1216,46 @@ if __name__ == "__main__":
             row_length = max(most, min(row_length, positions))
         micro_tokens = row_length
 
-    # optimizer
-    if optimizer == "rmsprop":
-        opt = torch.optim.RMSprop(model.parameters(), lr=learning_rate)
+    # does it fit? The row of the first step that is the fullest tells
+    batch_of = functools.partial(step_indices, batch_size=batch_size, n=len(examples), seed=seed)
+    first = [examples[i] for i in batch_of(step)]
+    first = [first[i] for i in pack([size(example) for example in first], micro_tokens)[0]]
+    needed, needs = memory_needs(model, None if sft else ref, first, attention, dtype == "bfloat16",
+                                 optimizer == "adamw", checkpoint_activations, world)
+    if device == "cuda":
+        there = torch.cuda.get_device_properties(place).total_memory
     else:
-        opt = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+        # the process has these already, and libraries and what loading took besides
+        needed += peak_gib("cpu") * 2**30 - needs["weights"] - needs["reference"]
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    shares = ", ".join(f"{name} {x / 2**30:.2f}" for name, x in needs.items())
+    print(f"memory: about {needed / 2**30:.2f} of {there / 2**30:.1f} GiB ({shares})", flush=True)
+    if device == "cuda" and needed > there:
+        sys.exit("error: that does not fit. --checkpoint_activations=True and a smaller --micro_tokens take less for "
+                 "activations, --lora_rank=16 for gradients, optimizer and reference, more processes for all of these")
+
+    # states: the hidden states of a row; one call of it gathers what FSDP has spread
+    vocabulary, width = model.get_output_embeddings().weight.shape
+    # rows that only the policy or the reference has are padding
+    common = min(len(m.get_output_embeddings().weight) for m in models.values())
+    n_params = sum(p.numel() for p in model.parameters())
+    n_body = n_params - vocabulary * width
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        n_body -= vocabulary * width
+    for m in models.values():
+        # several processes compile block by block
+        if world > 1:
+            shard(m, device, compiled, dtype == "bfloat16")
+        body = torch.compile(m.base_model, dynamic=False) if compiled and world == 1 else m.base_model
+        m.states = functools.partial(response_states, body, m)
+        register_fsdp_forward_method(m, "states")
+
+    # optimizer
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if optimizer == "rmsprop":
+        opt = torch.optim.RMSprop(trained, lr=learning_rate)
+    else:
+        opt = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
     max_steps = max_steps or math.ceil(len(examples) / batch_size)
     if resume:
         try:
@@ -1217,7 +1390,6 @@ if __name__ == "__main__":
         card = torch.cuda.get_device_name()
         peak = next((flops for name, flops in PEAK_FLOPS.items() if name in card), None)
     speeds, began_at = [], step
-    batch_of = functools.partial(step_indices, batch_size=batch_size, n=len(examples), seed=seed)
     rows = list(rows_of([examples[i] for i in batch_of(step)]))
     while True:
         # once in a while: evaluate and save. What is saved has been evaluated: broken weights never replace good ones
