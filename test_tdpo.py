@@ -41,6 +41,7 @@ import pytest
 import torch
 import transformers as hf
 from pytest import approx
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.autograd import grad
 from torch.nn.attention import flex_attention as flex
 from torch.nn.utils.rnn import pad_sequence
@@ -359,6 +360,52 @@ def test_fused_is_accurate_in_fp32_and_under_bf16_autocast():
         assert (a - b).norm() / b.norm() < 1e-2
 
 
+@pytest.fixture
+def cuda_autocast():
+    """autocast itself switches off where there is no GPU."""
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    yield
+    torch.set_autocast_enabled("cuda", False)
+
+
+class OnGPU(torch.Tensor):
+    """A tensor of the CPU that takes the branches of a GPU: what torch.mm(out_dtype=) gives there are the products of
+    rounded operands in fp32."""
+    device, is_cuda, products = torch.device("cuda"), True, []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.to and isinstance(args[1], torch.device):
+            return args[0].as_subclass(cls)
+        if func is torch.mm:
+            cls.products.append((args[0].dtype, args[1].dtype, kwargs.pop("out_dtype")))
+            args = [x.float() for x in args]
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_fused_takes_the_branches_of_a_gpu(cuda_autocast, monkeypatch):
+    """Emulated: rounded operands, fp32 logits, fp32 sums; against float64 on the same rounded operands."""
+    case = fused_case(pairs=40, d=64, V=500, dtype=torch.float32)
+    case[1], case[3] = 0.1 * case[1].detach(), 0.1 * case[3]
+    rounded = cast(cast(case, torch.bfloat16), torch.float64)
+    expected, _ = whole(*rounded)
+    carried = tdpo._carried
+    monkeypatch.setattr(tdpo, "_carried", lambda *args: carried(*args[:3], "cpu"))
+    monkeypatch.setattr(tdpo, "CHUNK_ROWS", 100)
+    monkeypatch.setattr(OnGPU, "products", [])
+    inputs = [x.detach().as_subclass(OnGPU).requires_grad_() for x in case[:2]]
+    loss, stats = tdpo.fused_tdpo_loss(*inputs, *[x.as_subclass(OnGPU) for x in case[2:]])
+    assert loss.dtype == torch.float32 and loss.item() == approx(expected.item(), rel=1e-5)
+    for found, right in zip(grad(loss, inputs), grad(expected, rounded[:2])):
+        assert found.dtype == torch.float32 and (found - right).norm() / right.norm() < 1e-2
+    # of every chunk the two logits and the weight's gradient
+    assert set(OnGPU.products) == {(torch.bfloat16, torch.bfloat16, torch.float32)}
+    assert len(OnGPU.products) % 3 == 0 and len(OnGPU.products) // 3 >= len(case[0]) // 100
+
+
 def test_fused_sft_is_cross_entropy(monkeypatch):
     hidden, weight, _, _, labels, *_ = fused_case()
     losses = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="none")
@@ -475,10 +522,13 @@ def test_a_row_is_what_is_drawn_above_collate():
 
 
 def own_loss(model, ref, examples, length=0, attention="mask", beta=0.1, alpha=0.5):
-    """Loss and stats of one row, as train.py takes them."""
-    batch, states = train.collate(examples, length, "cpu", attention), []
+    """Loss and stats of one row, as train.py takes them; attention: compiled is flex, traced as on a GPU."""
+    batch, states = train.collate(examples, length, "cpu", attention.replace("compiled", "flex")), []
     for m in (model, ref):
-        states += [train.response_states(m.base_model, m, batch), train.output_weight(m)]
+        body = m.base_model
+        if attention == "compiled":
+            body = torch.compile(body, backend="aot_eager", dynamic=False)
+        states += [train.response_states(body, m, batch), train.output_weight(m)]
     return tdpo.fused_tdpo_loss(*states, batch["labels"], batch["pair"], batch["chosen"], beta, alpha)
 
 
@@ -505,7 +555,11 @@ def eager_flex(monkeypatch):
     monkeypatch.setattr(integration, "compile_friendly_flex_attention", attention)
 
 
-@pytest.mark.parametrize("name, attention", [*((x, how) for x in REGISTERED for how in ("pairs", "mask", "flex")),
+# and the length of a row in each
+FORMS_OF_ROWS = dict(pairs=0, mask=60, flex=128, compiled=128)
+
+
+@pytest.mark.parametrize("name, attention", [*((x, how) for x in REGISTERED for how in FORMS_OF_ROWS),
                                              *((x, "mask") for x in MASKED)])
 def test_packed_rows_equal_separate_sequences(name, attention, eager_flex):
     """Loss, stats and the gradient of every parameter."""
@@ -516,7 +570,7 @@ def test_packed_rows_equal_separate_sequences(name, attention, eager_flex):
         m.set_attn_implementation("pair_attention")
     found = []
     for row in (examples[:3], examples[3:]):
-        loss, stats = own_loss(model, ref, row, dict(pairs=0, mask=60, flex=128)[attention], attention, BETA, ALPHA)
+        loss, stats = own_loss(model, ref, row, FORMS_OF_ROWS[attention], attention, BETA, ALPHA)
         (loss * len(row) / 5).backward()
         found.append(stats)
     packed = {key: p.grad.clone() for key, p in model.named_parameters()}
@@ -540,6 +594,49 @@ def test_a_compiled_body_takes_every_block_mask_with_one_graph(eager_flex):
         states = train.response_states(body, model, a), train.response_states(model.base_model, model, b)
         assert torch.allclose(*states, atol=2e-6)
     assert counters["unique_graphs"] - before == 1
+
+
+class OnCPU(torch.Tensor):
+    """Real indices amid tensors without data: what is computed of them on the CPU has values."""
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.to:
+            return torch.empty(args[0].shape, dtype=args[0].dtype, device=args[1])
+        if func is torch.Tensor.equal:
+            return True
+        with unset_fake_temporarily():
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.skipif(not torch.version.cuda or torch.cuda.is_available(), reason="takes torch's CUDA build, and no GPU")
+@pytest.mark.parametrize("name", REGISTERED)
+def test_a_pass_on_a_gpu_that_is_not_there(name, eager_flex, cuda_autocast, monkeypatch):
+    """The forward pass on tensors of cuda:0 without data: an operation on two devices raises, and so does one that has
+    to wait for a value. A backward pass would need a driver."""
+    real, tensor, seen = train.collate(examples_of()), torch.tensor, []
+
+    def stats_seen(logits, ref_logits, labels, carry):
+        seen.extend(["logits", x.device.type, x.dtype] for x in (logits, ref_logits))
+        return statistics(logits, ref_logits, labels, carry)
+    statistics = tdpo.token_stats
+    monkeypatch.setattr(torch, "tensor", lambda x, pin_memory=False: tensor(x))     # pages of a driver
+    monkeypatch.setattr(tdpo, "_carried", lambda *args: ("logratio", "kl"))         # takes a gradient
+    monkeypatch.setattr(tdpo, "token_stats", stats_seen)
+    monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with torch.device("cuda:0"):
+            models = [AutoModelForCausalLM.from_config({**REGISTERED}[name]).eval() for _ in range(2)]
+        batch, states = train.collate(examples_of(), 128, "cuda:0", "flex"), []
+        batch.update({key: real[key].as_subclass(OnCPU) for key in ("pair", "chosen")})
+        for m in models:
+            m.set_attn_implementation("pair_attention")
+            for block in train.blocks_of(m):
+                first = next(x for x in block.modules() if isinstance(x, (torch.nn.Linear, Conv1D)))
+                first.register_forward_hook(lambda *args: seen.append(["linear", args[2].device.type, args[2].dtype]))
+            states += [train.response_states(m.base_model, m, batch), train.output_weight(m)]
+        loss, stats = tdpo.fused_tdpo_loss(*states, batch["labels"], batch["pair"], batch["chosen"], BETA, ALPHA)
+    assert seen.count(["linear", "cuda", torch.bfloat16]) == 4 and seen.count(["logits", "cuda", torch.float32]) == 2
+    assert len(seen) == 6 and {(x.device.type, x.dtype) for x in (loss, *stats.values())} == {("cuda", torch.float32)}
 
 
 LONGEST = max(len(prompt) + max(len(w), len(l)) - 1 for prompt, w, l in examples_of())
