@@ -800,6 +800,53 @@ def test_memory_is_counted_before_it_is_taken(rank, low):
     assert low or b / a == approx(sizes[1] / sizes[0], rel=0.05)
 
 
+def qwen(width, middle, layers, heads):
+    return hf.Qwen2Config(vocab_size=151936, hidden_size=width, intermediate_size=middle, num_hidden_layers=layers,
+                          num_attention_heads=heads, num_key_value_heads=2, tie_word_embeddings=True)
+
+
+def llama(width, middle, layers):
+    return hf.LlamaConfig(vocab_size=32000, hidden_size=width, intermediate_size=middle, num_hidden_layers=layers,
+                          num_attention_heads=width // 128, tie_word_embeddings=False)
+
+
+CARDS = {       # README's table: python test_tdpo.py fits
+    "0.5B (Qwen2.5)": qwen(896, 4864, 24, 14),
+    "1.5B (Qwen2.5)": qwen(1536, 8960, 28, 12),
+    "2.8B (Pythia)": hf.GPTNeoXConfig(vocab_size=50304, hidden_size=2560, intermediate_size=10240, num_hidden_layers=32,
+                                      num_attention_heads=32),
+    "7B (Llama 2)": llama(4096, 11008, 32),
+    "13B (Llama 2)": llama(5120, 13824, 40),
+}
+
+
+def fits(name):
+    """A row of the table: what fits a card, up to 95 % of it, at 8,192 tokens a pass; * with checkpointed activations.
+    The reference's layers are in bf16, as if the model's weights were numbers of bf16."""
+    cells, pair = {24: [], 48: [], 80: []}, ([1] * 170, [2] * 172, [3] * 172)
+    for rank, what in ((0, "full"), (16, "LoRA")):
+        with FakeTensorMode():
+            model = AutoModelForCausalLM.from_config(CARDS[name], dtype=torch.float32)
+            ref = model
+            if rank:
+                train.adapt(model, rank, low=True)
+            else:
+                ref = AutoModelForCausalLM.from_config(CARDS[name], dtype=torch.float32)
+                for layer in train.linear_layers(ref):
+                    layer.weight = torch.nn.Parameter(layer.weight.detach().bfloat16())
+        for checkpointed, star in ((False, ""), (True, "*")):
+            total, _ = train.memory_needs(model, ref, [pair] * 16, "flex", True, False, checkpointed)
+            for size, cell in cells.items():
+                if total <= 0.95 * size * 2**30 and what not in cell:
+                    cell.append(what + star)
+    return f"| {name} | " + " | ".join(", ".join(cell) or "–" for cell in cells.values()) + " |"
+
+
+def test_the_table_of_models_that_fit_is_computed():
+    name = "7B (Llama 2)"
+    assert fits(name) in text_of("README.md").splitlines()
+
+
 LORA = ["--lora_rank=3", "--eval_interval=5"]
 
 
@@ -2298,6 +2345,8 @@ if __name__ == "__main__":
         print(json.dumps(bench_one(sys.argv[2], *map(int, sys.argv[3:]))))
     elif sys.argv[1:2] == ["trl"]:
         by_trl(*sys.argv[2:4], *map(int, sys.argv[4:]))
+    elif sys.argv[1:2] == ["fits"]:
+        print("\n".join(map(fits, CARDS)))
     elif sys.argv[1:2] == ["gpu"]:
         gpu_day(*sys.argv[2:] or ["out/gpu"])
     else:

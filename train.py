@@ -707,6 +707,11 @@ def blocks_of(model):
     return [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
 
 
+def linear_layers(model):
+    """The linear layers of its blocks."""
+    return [m for block in blocks_of(model) for m in block.modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
+
+
 def checkpoint_blocks(model):
     """Keep no block's activations for the backward pass, but compute them again. transformers' own switch works in
     training mode alone, in which some blocks drop out."""
@@ -718,7 +723,7 @@ def adapt(model, rank, low):
     """Freeze a model and put adapters on its blocks' linear layers; of rank 0 they train nothing. low: the weights of
     these layers become bf16, below adapters always, else where that loses nothing. Embeddings and norms stay in fp32:
     autocast does not round them either, so its results are the same to the bit."""
-    layers = [m for block in blocks_of(model) for m in block.modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
+    layers = linear_layers(model)
     model.requires_grad_(False)
     for layer in layers:
         rounded = layer.weight.detach().bfloat16()
