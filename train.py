@@ -30,6 +30,7 @@ import glob
 import hashlib
 import importlib.util
 import json
+import logging
 import math
 import re
 import resource
@@ -676,30 +677,22 @@ class Adapter(torch.nn.Module):
     the factor makes the learning rate independent of the rank). B is 0 at first. Of rank 0 it is W alone, kept in bf16.
 
     Autocast takes a bf16 weight as it is; elsewhere it is seen in fp32."""
-    def __init__(self, layer, rank):
+    def __init__(self, weight, rank):
         super().__init__()
         self.rank = rank
-        # GPT-2's layers hold their weight the other way round
-        self.transposed = isinstance(layer, Conv1D)
-        rows, columns = layer.weight.shape
-        if self.transposed:
-            rows, columns = columns, rows
+        rows, columns = weight.shape
         if rank:
-            device = layer.weight.device
             # drawn on the CPU: the same numbers on any device
             A = torch.empty(rank, columns).uniform_(-1, 1) / columns**0.5
-            self.A = torch.nn.Parameter(A.to(device))
-            self.B = torch.nn.Parameter(torch.zeros(rows, rank, device=device))
+            self.A = torch.nn.Parameter(A.to(weight.device))
+            self.B = torch.nn.Parameter(torch.zeros(rows, rank, device=weight.device))
 
     def forward(self, weight):
         if not torch.is_autocast_enabled(weight.device.type):
             weight = weight.float()
-        if not self.rank:
-            return weight
-        delta = self.B @ self.A * (32 / self.rank)
-        if self.transposed:
-            delta = delta.T
-        return weight + delta.to(weight.dtype)
+        if self.rank:
+            weight = weight + (self.B @ self.A * (32 / self.rank)).to(weight.dtype)
+        return weight
 
 
 def blocks_of(model):
@@ -731,7 +724,7 @@ def adapt(model, rank, low):
         if keep:
             layer.weight = torch.nn.Parameter(rounded, requires_grad=False)
         if keep or rank:
-            parametrize.register_parametrization(layer, "weight", Adapter(layer, rank), unsafe=True)
+            parametrize.register_parametrization(layer, "weight", Adapter(layer.weight, rank), unsafe=True)
     if rank and not layers:
         sys.exit(f"error: --lora_rank={rank}: {type(model).__name__} has no blocks with linear layers; leave it out")
 
@@ -991,14 +984,18 @@ def memory_needs(model, ref, examples, attention, low, adamw, checkpointed, worl
             if x.untyped_storage()._cdata not in params:
                 kept[x.untyped_storage()._cdata] = x.untyped_storage()
             return x
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            with torch.autocast("cpu", torch.bfloat16, enabled=low):
-                hidden = response_states(twin.base_model, twin, batch)
+        logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                    response_states(twin.base_model, twin, batch)
+        except RuntimeError:        # experts: which of them a token takes is in the data
+            kept.clear()
         activations = sum(x.nbytes() for x in kept.values())
     # the inputs of all blocks, and one block at a time
-    if checkpointed:
+    if checkpointed and kept:
         blocks = len(blocks_of(model))
-        activations = activations / blocks + blocks * 4 * batch["ids"].numel() * hidden.shape[1]
+        activations = activations / blocks + blocks * 4 * batch["ids"].numel() * output.shape[1]
 
     needs = {"weights": sum(p.nbytes for p in model.parameters()), "gradients": trained}
     needs["optimizer"] = trained * (2 if adamw else 1)
@@ -1006,9 +1003,9 @@ def memory_needs(model, ref, examples, attention, low, adamw, checkpointed, worl
     if ref is not None:
         needs["reference"] = sum(p.nbytes for p in ref.parameters() if id(p) not in owned)
     needs["activations"] = activations
-    # three logits of a chunk of tokens; the output layer's gradient, and in bf16 the layer itself
+    # three logits of a chunk of tokens; the output layer's gradient and a chunk's part of it; in bf16 the layers
     rows = CHUNK_ROWS if attention == "flex" else CHUNK_ROWS // 8
-    needs["loss"] = 3 * 4 * min(rows, len(batch["labels"])) * len(output) + 4 * output.numel() * output.requires_grad
+    needs["loss"] = 3 * 4 * min(rows, len(batch["labels"])) * len(output) + 8 * output.numel() * output.requires_grad
     needs["loss"] += 4 * output.numel() * low
     # what stays, spread over the processes; and what comes and goes, in a pass or in the optimizer's step
     stays = sum(needs[name] for name in ("weights", "gradients", "optimizer", "reference"))
@@ -1172,8 +1169,9 @@ if __name__ == "__main__":
                 m.rank = 0
     elif not sft and dtype == "bfloat16":
         adapt(ref, 0, low=True)
-    for m in models.values():
-        if world == 1:
+    if world == 1:
+        place = device
+        for m in models.values():
             m.to(device)
     if checkpoint_activations:
         checkpoint_blocks(model)
@@ -1221,20 +1219,21 @@ if __name__ == "__main__":
             row_length = max(most, min(row_length, positions))
         micro_tokens = row_length
 
-    # does it fit? The row of the first step that is the fullest tells
-    batch_of = functools.partial(step_indices, batch_size=batch_size, n=len(examples), seed=seed)
-    first = [examples[i] for i in batch_of(step)]
-    first = [first[i] for i in pack([size(example) for example in first], micro_tokens)[0]]
-    needed, needs = memory_needs(model, None if sft else ref, first, attention, dtype == "bfloat16",
+    # does it fit, the fullest row of the longest examples?
+    row = sorted(examples, key=size)[-batch_size:]
+    row = [row[i] for i in pack([size(example) for example in row], micro_tokens)[0]]
+    needed, needs = memory_needs(model, None if sft else ref, row, attention, dtype == "bfloat16",
                                  optimizer == "adamw", checkpoint_activations, world)
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if device == "cuda":
-        there = torch.cuda.get_device_properties(place).total_memory
+        there = torch.cuda.get_device_properties(device).total_memory
     else:
         # the process has these already, and libraries and what loading took besides
         needed += peak_gib("cpu") * 2**30 - needs["weights"] - needs["reference"]
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     shares = ", ".join(f"{name} {x / 2**30:.2f}" for name, x in needs.items())
     print(f"memory: about {needed / 2**30:.2f} of {there / 2**30:.1f} GiB ({shares})", flush=True)
+    if not needs["activations"]:
+        print("note: that is without activations, which this model's layers do not tell before they have data")
     if device == "cuda" and needed > there:
         sys.exit("error: that does not fit. --checkpoint_activations=True and a smaller --micro_tokens take less for "
                  "activations, --lora_rank=16 for gradients, optimizer and reference, more processes for all of these")
@@ -1286,10 +1285,12 @@ if __name__ == "__main__":
         print("note: the loss that balances this model's experts (router_aux_loss_coef) is not part of the objective")
     print(f"step: {batch_size} {noun}, about {batch_size * sum(sizes) // len(sizes)} tokens; {max_steps} steps, "
           f"{max_steps * batch_size / len(examples):.1f} epochs")
-    print(f"policy: {init_from}, {n_params / 1e6:.1f}M parameters, vocabulary {vocabulary}; "
-          f"reference: {'none' if sft else ref_from or 'a frozen copy'}")
-    print(f"run: {method}, alpha {alpha}, beta {beta}, seed {seed}, device {device}, {world} processes, dtype {dtype}, "
-          f"compiled {compiled}, torch {torch.__version__}; into {out_dir}", flush=True)
+    n_trained = sum(p.numel() for p in trained)
+    print(f"policy: {init_from}, {n_params / 1e6:.1f}M parameters, {n_trained / 1e6:.1f}M of them trained, vocabulary "
+          f"{vocabulary}; reference: {'none' if sft else ref_from or 'a frozen copy'}")
+    print(f"run: {method}, alpha {alpha}, beta {beta}, learning rate {learning_rate:g}, seed {seed}, device {device}, "
+          f"{world} processes, dtype {dtype}, compiled {compiled}, torch {torch.__version__}; into {out_dir}",
+          flush=True)
     log = open(os.devnull, "w")
     if rank == 0:
         log = start_log(out_dir, options, step, resume)
@@ -1395,6 +1396,7 @@ if __name__ == "__main__":
         card = torch.cuda.get_device_name()
         peak = next((flops for name, flops in PEAK_FLOPS.items() if name in card), None)
     speeds, began_at = [], step
+    batch_of = functools.partial(step_indices, batch_size=batch_size, n=len(examples), seed=seed)
     rows = list(rows_of([examples[i] for i in batch_of(step)]))
     while True:
         # once in a while: evaluate and save. What is saved has been evaluated: broken weights never replace good ones
@@ -1454,6 +1456,9 @@ if __name__ == "__main__":
             _, chosen, rejected = examples[i]
             n_loss += len(chosen) + len(rejected)
         flops = (6 if sft else 8) * (n_tokens * n_body + n_loss * vocabulary * width)
+        # adapters leave the output layer without a gradient
+        if lora_rank:
+            flops -= 2 * n_loss * vocabulary * width
         record = {"step": step, "epoch": step * batch_size / len(examples), **found}
         record["lr"] = opt.param_groups[0]["lr"]
         record["pairs_per_s"] = batch_size / seconds
