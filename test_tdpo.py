@@ -787,7 +787,8 @@ def test_memory_is_counted_before_it_is_taken(rank, low):
     assert needs["gradients"] == trained and needs["optimizer"] == 2 * trained
     assert needs["weights"] == sum(p.numel() * p.element_size() for p in model.parameters())
     assert needs["reference"] == 4 * ref.num_parameters()
-    assert total == approx(sum(needs.values()))
+    tokens = sum(len(w) + len(l) for _, w, l in examples_of())
+    assert needs["loss"] == 61 * (12 * tokens + 32 * (8 * (rank == 0) + 4 * low)) and total == sum(needs.values())
     _, less = train.memory_needs(model, model, examples_of(), "pairs", low, adamw=True, checkpointed=True)
     assert less["reference"] == 0 and 0 < less["activations"] < 0.6 * needs["activations"]
     # FlexAttention keeps no scores, so its passes grow with their tokens
@@ -840,8 +841,7 @@ def fits(name):
 
 
 def test_the_table_of_models_that_fit_is_computed():
-    name = "7B (Llama 2)"
-    assert fits(name) in text_of("README.md").splitlines()
+    assert fits("1.5B (Qwen2.5)") in text_of("README.md").splitlines()
 
 
 LORA = ["--lora_rank=3", "--eval_interval=5"]
@@ -1657,7 +1657,8 @@ def test_any_number_of_processes_ends_where_one_does(runs, words, name, parts, o
     sizes = dict(SIZES, vocab_size=len(words), eos_token_id=0)
     if name in ("bias", "bf16"):
         config = hf.PhiConfig(**sizes, **MIDDLE) if name == "bias" else hf.LlamaConfig(**sizes, **GROUPS)
-        tiny(config).save_pretrained(name)
+        # numbers of bf16 have a reference in bf16
+        tiny(config).to(torch.bfloat16 if name == "bf16" else torch.float32).save_pretrained(name)
         words.save_pretrained(name)
     options = ["--batch_size=7", "--eval_interval=5", *options]
     trained(name + "-whole", "--max_steps=10", *options)
@@ -2234,6 +2235,9 @@ def profiled():
             profiler.stop()
             cost = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
             events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, cost))
+            if torch.cuda.is_available():           # kernels, not once more the operations that launch them
+                kernels = torch.autograd.DeviceType.CUDA
+                events = [x for x in events if x.device_type == kernels and not x.is_user_annotation]
             whole = sum(getattr(event, cost) for event in events)
             costs = [dict(cost=event.key[:80], share=getattr(event, cost) / whole) for event in events[:5]]
             json.dump(costs, open("profile.json", "w"))
@@ -2287,11 +2291,11 @@ def gpu_day(folder, toy=False):
         found = json.load(open("gpu.json")) if os.path.exists("gpu.json") else {}
 
         def item(name, measure, *args, **options):
-            if name not in found:
+            if "failed" in found.get(name, ["failed"]):
                 began = time.time()
                 try:
                     found[name] = measure(*args, **options)
-                except BaseException as error:      # pytest's own failures are no Exceptions
+                except (Exception, pytest.fail.Exception) as error:
                     found[name] = dict(failed=str(error)[-2000:])
                 print(f"{name}: {found[name]} in {time.time() - began:.0f} s", flush=True)
             with open("gpu.json", "w") as f:
@@ -2305,8 +2309,8 @@ def gpu_day(folder, toy=False):
             item("tests", suite)
         for V in (50257, 128256, 151936) if not toy else (2048,):
             for form in ("products", "fused"):
-                size = (8192, V, 1024) if not toy else (64, V, 32)
-                item(f"loss layer, {form}, V {V}", last_json, "one", form, *size)
+                measure, *size = (last_json, "one", form, 8192, V, 1024) if not toy else (bench_one, form, 128, V, 32)
+                item(f"loss layer, {form}, V {V}", measure, *size)
         for name, config in models.items():
             path = name + ".jsonl"
             if not os.path.exists(path):
@@ -2319,6 +2323,8 @@ def gpu_day(folder, toy=False):
         # the last model, as it is
         item("profile", lambda: ours(name, path, 5, *options[:1], before=profiled) and json.load(open("profile.json")))
         item("not compiled", ours, name, path, steps, options[0], "--compile=False")
+        item("compiled beside not", lambda: dict(largest_difference=max(abs(a / b - 1) for a, b in zip(
+            *[found[x]["losses"] for x in (f"{name}, rank 0", "not compiled")]))))
     return found
 
 
@@ -2332,7 +2338,7 @@ def suite():
 def test_the_day_a_gpu_is_there_works_at_toy_sizes(tmp_path):
     found = gpu_day(str(tmp_path / "day"), toy=True)
     assert not [name for name, values in found.items() if "failed" in values], found
-    assert found["toy, rank 0"]["losses"] == approx(found["not compiled"]["losses"], rel=1e-4)
+    assert found["compiled beside not"]["largest_difference"] < 1e-4
     assert found["toy, rank 16"]["pairs_per_s"] > 0 and found["loss layer, fused, V 2048"]["tflops"] > 0
     assert len(found["profile"]) == 5 and 0 < sum(x["share"] for x in found["profile"]) <= 1
     assert "| profile |" in (tmp_path / "day" / "gpu.md").read_text()

@@ -676,7 +676,7 @@ class Adapter(torch.nn.Module):
     """A linear layer's weight W as W + 32/rank B A, of which B and A are trained (LoRA: Hu et al., arXiv:2106.09685;
     the factor makes the learning rate independent of the rank). B is 0 at first. Of rank 0 it is W alone, kept in bf16.
 
-    Autocast takes a bf16 weight as it is; elsewhere it is seen in fp32."""
+    Autocast takes a bf16 weight as it is and rounds the sum, as it does every weight; elsewhere both are fp32."""
     def __init__(self, weight, rank):
         super().__init__()
         self.rank = rank
@@ -973,10 +973,6 @@ def memory_needs(model, ref, examples, attention, low, adamw, checkpointed, worl
         twin.set_attn_implementation("pair_attention")
         if rank:
             adapt(twin, rank, low)
-        # FlexAttention keeps what plain attention without a mask does
-        batch = collate(examples, attention=attention.replace("flex", "mask"))
-        if attention == "flex":
-            batch["attention"] = {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool)}
         params = {p.untyped_storage()._cdata for p in twin.parameters()}
         kept = {}
 
@@ -985,12 +981,18 @@ def memory_needs(model, ref, examples, attention, low, adamw, checkpointed, worl
                 kept[x.untyped_storage()._cdata] = x.untyped_storage()
             return x
         logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
-        try:
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-                with torch.autocast("cpu", torch.bfloat16, enabled=low):
-                    response_states(twin.base_model, twin, batch)
-        except RuntimeError:        # experts: which of them a token takes is in the data
-            kept.clear()
+        for how in (attention, "mask"):
+            batch = collate(examples, attention=how.replace("flex", "mask"))
+            # FlexAttention keeps what attention without a mask does
+            if how == "flex":
+                batch["attention"] = {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool)}
+            try:
+                with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                        response_states(twin.base_model, twin, batch)
+                break
+            except Exception:       # no registered function is taken; or which experts a token takes is in the data
+                kept.clear()
         activations = sum(x.nbytes() for x in kept.values())
     # the inputs of all blocks, and one block at a time
     if checkpointed and kept:
@@ -1062,8 +1064,8 @@ if __name__ == "__main__":
     if task and not sft:
         score = eval_imdb.load_reward(reward, device)
 
-    # one GPU may be too small for a whole model: several processes spread it from the CPU, where they need not sample
-    place = device if world == 1 and not lora_rank or task else "cpu"
+    # a GPU may be too small for a whole model, so that it waits on the CPU until that is known; a task samples first
+    place = device if task else "cpu"
     if init_from == "scratch":
         model, tokenizer = eval_imdb.scratch_model(seed)
     else:
@@ -1169,6 +1171,34 @@ if __name__ == "__main__":
                 m.rank = 0
     elif not sft and dtype == "bfloat16":
         adapt(ref, 0, low=True)
+
+    # does it fit, the fullest row of the longest examples?
+    sizes = [size(example) for example in examples]
+    most = max(sizes + [size(example) for example in held_out])
+    micro_tokens = max(micro_tokens or (8192 if device == "cuda" else 1024), most)
+    attention = "pairs"
+    if device == "cuda":
+        attention = "flex"
+    elif compiled:                                      # rows of one length, so that the model compiles once
+        attention = "mask"
+    row = sorted(examples, key=size)[-batch_size:]
+    row = [row[i] for i in pack([size(example) for example in row], micro_tokens)[0]]
+    needed, needs = memory_needs(model, None if sft else ref, row, attention, dtype == "bfloat16",
+                                 optimizer == "adamw", checkpoint_activations, world)
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        # the process has these already, and libraries and what loading took besides
+        needed += peak_gib("cpu") * 2**30 - needs["weights"] - needs["reference"]
+    shares = ", ".join(f"{name} {x / 2**30:.2f}" for name, x in needs.items())
+    print(f"memory: about {needed / 2**30:.2f} of {there / 2**30:.1f} GiB ({shares})", flush=True)
+    if not needs["activations"]:
+        print("note: that is without activations, which this model's layers do not tell before they have data")
+    if device == "cuda" and needed > there:
+        sys.exit("error: that does not fit. --checkpoint_activations=True and a smaller --micro_tokens take less for "
+                 "activations, --lora_rank=16 for gradients, optimizer and reference, more processes for all of these")
+
     if world == 1:
         place = device
         for m in models.values():
@@ -1180,11 +1210,8 @@ if __name__ == "__main__":
     # takes most of a row: GPT-Neo's local attention counts places in a row
     longest = max(examples + held_out, key=lambda e: len(e[0]) + max(len(e[1]), len(e[2])))
     largest = max(examples + held_out, key=size)
-    attention = "pairs"
-    if place == "cuda":
-        attention = "flex"
-    elif compiled and device != "cuda":                 # rows of one length, so that the model compiles once
-        attention = "mask"
+    if attention == "flex" and place == "cpu":          # for that FlexAttention wants a GPU
+        attention = "pairs"
     for probe in (longest, largest):
         attention = choose_attention(models, [examples[0], probe], attention)
     if device == "cuda" and attention == "pairs":       # it was looked at on the CPU
@@ -1207,9 +1234,6 @@ if __name__ == "__main__":
 
     # -------------------------------------------------------------------------
     # rows: pairs take rows of any length, else a step's tokens make rows of one length
-    sizes = [size(example) for example in examples]
-    most = max(sizes + [size(example) for example in held_out])
-    micro_tokens = max(micro_tokens or (8192 if device == "cuda" else 1024), most)
     row_length = 0
     if attention != "pairs":
         tokens = batch_size * sum(sizes) / len(sizes)
@@ -1218,25 +1242,6 @@ if __name__ == "__main__":
         if attention == "mask":         # such models may have a mask of their own, of as many places as positions
             row_length = max(most, min(row_length, positions))
         micro_tokens = row_length
-
-    # does it fit, the fullest row of the longest examples?
-    row = sorted(examples, key=size)[-batch_size:]
-    row = [row[i] for i in pack([size(example) for example in row], micro_tokens)[0]]
-    needed, needs = memory_needs(model, None if sft else ref, row, attention, dtype == "bfloat16",
-                                 optimizer == "adamw", checkpoint_activations, world)
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if device == "cuda":
-        there = torch.cuda.get_device_properties(device).total_memory
-    else:
-        # the process has these already, and libraries and what loading took besides
-        needed += peak_gib("cpu") * 2**30 - needs["weights"] - needs["reference"]
-    shares = ", ".join(f"{name} {x / 2**30:.2f}" for name, x in needs.items())
-    print(f"memory: about {needed / 2**30:.2f} of {there / 2**30:.1f} GiB ({shares})", flush=True)
-    if not needs["activations"]:
-        print("note: that is without activations, which this model's layers do not tell before they have data")
-    if device == "cuda" and needed > there:
-        sys.exit("error: that does not fit. --checkpoint_activations=True and a smaller --micro_tokens take less for "
-                 "activations, --lora_rank=16 for gradients, optimizer and reference, more processes for all of these")
 
     # states: the hidden states of a row; one call of it gathers what FSDP has spread
     vocabulary, width = model.get_output_embeddings().weight.shape
@@ -1286,8 +1291,11 @@ if __name__ == "__main__":
     print(f"step: {batch_size} {noun}, about {batch_size * sum(sizes) // len(sizes)} tokens; {max_steps} steps, "
           f"{max_steps * batch_size / len(examples):.1f} epochs")
     n_trained = sum(p.numel() for p in trained)
+    reference = ref_from or ("its weights without adapters" if lora_rank else "a frozen copy")
+    if sft:
+        reference = "none"
     print(f"policy: {init_from}, {n_params / 1e6:.1f}M parameters, {n_trained / 1e6:.1f}M of them trained, vocabulary "
-          f"{vocabulary}; reference: {'none' if sft else ref_from or 'a frozen copy'}")
+          f"{vocabulary}; reference: {reference}")
     print(f"run: {method}, alpha {alpha}, beta {beta}, learning rate {learning_rate:g}, seed {seed}, device {device}, "
           f"{world} processes, dtype {dtype}, compiled {compiled}, torch {torch.__version__}; into {out_dir}",
           flush=True)
