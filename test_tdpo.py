@@ -2338,7 +2338,8 @@ def suite():
 def test_the_day_a_gpu_is_there_works_at_toy_sizes(tmp_path):
     found = gpu_day(str(tmp_path / "day"), toy=True)
     assert not [name for name, values in found.items() if "failed" in values], found
-    assert found["compiled beside not"]["largest_difference"] < 1e-4
+    # a GPU computes in bf16
+    assert found["compiled beside not"]["largest_difference"] < (1e-2 if torch.cuda.is_available() else 1e-4)
     assert found["toy, rank 16"]["pairs_per_s"] > 0 and found["loss layer, fused, V 2048"]["tflops"] > 0
     assert len(found["profile"]) == 5 and 0 < sum(x["share"] for x in found["profile"]) <= 1
     assert "| profile |" in (tmp_path / "day" / "gpu.md").read_text()
