@@ -22,8 +22,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from sample import (DEVICES, encode_prompt, generate, load_model, load_reference, parse, ratio_mean, read_rows,
-                    response_stats, response_text, writable)
+from sample import (DEVICES, encode_prompt, generate, load_model, load_reference, measure, parse, ratio_mean,
+                    read_rows, response_stats, response_text, writable)
 
 TASKS = ("reviews", "imdb")
 
@@ -266,12 +266,13 @@ def build_pairs(run, model, tokenizer, prefixes, reward):
 
 
 def score_policy(model, ref, tokenizer, prefixes, reward, max_new_tokens, seed=0):
-    """One sample for each test prefix: {reward, sample_kl, sample_rkl, entropy, their standard errors (name_se), n}."""
+    """One sample for each test prefix: ({reward, sample_kl, sample_rkl, entropy, their standard errors (name_se), n},
+    the samples, a dict each)."""
     # one completion a prefix, so the samples are independent
     samples = complete(model, tokenizer, prefixes, max_new_tokens, 1, seed)
     prompts = [prompt for _, prompt, _, _ in samples]
     responses = [response for _, _, response, _ in samples]
-    stats = response_stats(model, ref, prompts, responses)
+    stats = response_stats(measure(model, ref, prompts, responses))
     rewards = reward([prefixes[i] + text for i, _, _, text in samples])
 
     # entropy is a mean over tokens, the others over responses
@@ -284,7 +285,12 @@ def score_policy(model, ref, tokenizer, prefixes, reward, max_new_tokens, seed=0
         ("entropy", stats["entropy"], lengths),
     ):
         result[name], result[name + "_se"] = ratio_mean(values, weights, range(len(samples)))
-    return result
+    rows = []
+    for n, (i, _, response, text) in enumerate(samples):
+        measured = {name: round(float(stats[name][n]), 4) for name in ("kl", "rkl", "entropy")}
+        rows.append({"prompt": prefixes[i], "response": text, "tokens": response, "reward": round(rewards[n], 4),
+                     **measured})
+    return result, rows
 
 
 def show_completions(models, tokenizer, prefixes, reward, max_new_tokens, seed):
@@ -333,6 +339,12 @@ def from_log(folder, run, label):
     for record in log:
         if "eval_reward" in record:
             values = {name.removeprefix("eval_"): round(value, 5) for name, value in record.items()}
+            # each sample's, which pair runs by prefix
+            path = os.path.join(folder, "evals", f"{record['step']}.jsonl")
+            if os.path.exists(path):
+                samples = [json.loads(line) for line in open(path, encoding="utf-8")]
+                values["rewards"] = [round(sample["reward"], 3) for sample in samples]
+                values["rkls"] = [round(sample["rkl"], 3) for sample in samples]
             evals.append(values)
     if len(evals) < 2:
         sys.exit(f"error: {folder} has logged no evaluation after its first")
@@ -348,8 +360,9 @@ def from_log(folder, run, label):
             point[name] = round(float(mean), 4)
         curves.append(point)
 
-    start = dict(evals[0], run=run["init_from"], label="reference", seed=run["seed"], evals=[], curves=[])
-    return start, dict(evals[-1], run=folder, label=label, seed=run["seed"], evals=evals, curves=curves)
+    own = {"run": folder, "label": label, "seed": run["seed"], "evals": evals, "curves": curves}
+    first, last = [{name: x for name, x in e.items() if name not in ("rewards", "rkls")} for e in (evals[0], evals[-1])]
+    return {**first, **own, "run": run["init_from"], "label": "reference", "evals": [], "curves": []}, {**last, **own}
 
 
 def interval(values, errors):
@@ -363,18 +376,52 @@ def interval(values, errors):
     return float(np.mean(values)), float(half)
 
 
-def reward_at(evals, level):
-    """(reward, standard error) where a run's evaluations, joined by lines, first cross KL(policy || ref) = level, or
-    None. Both ends of a line share their prefixes, so their errors are taken as fully correlated."""
-    # the line from one evaluation to the next
-    for a, b in zip(evals, evals[1:]):
-        low, high = sorted((a["sample_rkl"], b["sample_rkl"]))
-        if low <= level <= high and low < high:
-            share = (level - a["sample_rkl"]) / (b["sample_rkl"] - a["sample_rkl"])
-            reward = a["reward"] + share * (b["reward"] - a["reward"])
-            error = a["reward_se"] + share * (b["reward_se"] - a["reward_se"])
-            return reward, error
-    return None
+def reward_at(kls, rewards, level):
+    """Rewards (R,) at which R curves, kls and rewards (R, evaluations), joined by straight lines, first cross KL(policy
+    || ref) = level; NaN where one does not."""
+    found = np.full(len(kls), np.nan)
+    # the first line is written last
+    for k in range(kls.shape[1] - 2, -1, -1):
+        a, b = kls[:, k], kls[:, k + 1]
+        crosses = (np.minimum(a, b) <= level) & (level <= np.maximum(a, b)) & (a != b)
+        share = (level - a[crosses]) / (b - a)[crosses]
+        found[crosses] = rewards[crosses, k] + share * (rewards[:, k + 1] - rewards[:, k])[crosses]
+    return found
+
+
+def compare(runs, others, level, draws=2000):
+    """(mean, low, high, seeds): the reward of runs at KL(policy || ref) = level, less that of others, {seed: run} or
+    None, over the seeds where it is reached; low and high: the 95 % interval of a bootstrap that draws seeds and, for
+    each, prefixes, the same for both runs. None where it is never reached, or samples were not kept."""
+    rng = np.random.default_rng(0)
+    found = []
+    for run in runs:
+        pair = [run]
+        if others is not None:
+            pair.append(others.get(run["seed"], {"evals": []}))
+        if not all(r["evals"] and all("rewards" in e for e in r["evals"]) for r in pair):
+            continue
+        # row 0 counts every prefix once, the others are drawn
+        counts = np.vstack([np.ones(run["n"]), rng.multinomial(run["n"], np.full(run["n"], 1 / run["n"]), draws)])
+        curves = []
+        for r in pair:
+            kls = counts @ np.array([e["rkls"] for e in r["evals"]]).T / run["n"]
+            rewards = counts @ np.array([e["rewards"] for e in r["evals"]]).T / run["n"]
+            curves.append(reward_at(kls, rewards, level))
+        difference = curves[0]
+        if others is not None:
+            difference = curves[0] - curves[1]
+        if np.isfinite(difference[0]):
+            found.append(difference)
+    if not found:
+        return None
+
+    # seeds, and for each of them a draw of its prefixes
+    found = np.stack(found)
+    seeds = rng.integers(len(found), size=(draws, len(found)))
+    means = np.nanmean(found[seeds, rng.integers(1, draws + 1, size=seeds.shape)], axis=1)
+    low, high = np.nanpercentile(means, (2.5, 97.5))
+    return float(found[:, 0].mean()), float(low), float(high), len(found)
 
 
 def by_label(results):
@@ -398,22 +445,35 @@ def table(results, levels):
             values, errors = [r[name] for r in runs], [r[name + "_se"] for r in runs]
             mean, half = interval(values, errors)
             cells.append(f"{mean:.3f} ± {half:.3f}")
-
-        # not every run comes as far as every level
-        for level in levels:
-            reached = [reward_at(r["evals"], level) for r in runs]
-            reached = [x for x in reached if x is not None]
-            cell = "–"
-            if reached:
-                rewards, errors = zip(*reached)
-                mean, half = interval(rewards, errors)
-                cell = f"{mean:.3f} ± {half:.3f}"
-            if 0 < len(reached) < len(runs):
-                cell += f" ({len(reached)} of {len(runs)})"
-            cells.append(cell)
+        cells += [compared(runs, None, level) for level in levels]
         cells.append(f"{len(runs)} × {runs[0]['n']}")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def differences(results, levels, against):
+    """The same of rewards at equal KL, less those of the runs labelled against, of the same seed and prefixes."""
+    groups = by_label(results)
+    others = {run["seed"]: run for run in groups[against]}
+    head = ["method"] + [f"less {against} at KL {level:g}" for level in levels]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for label, runs in groups.items():
+        if label != against and runs[0]["evals"]:
+            cells = [compared(runs, others, level) for level in levels]
+            lines.append("| " + " | ".join([label, *cells]) + " |")
+    return lines
+
+
+def compared(runs, others, level):
+    """A cell of what `compare` finds; a count of seeds where not all of them come as far."""
+    found = compare(runs, others, level)
+    if found is None:
+        return "–"
+    mean, low, high, seeds = found
+    cell = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+    if seeds < len(runs):
+        cell += f" ({seeds} of {len(runs)})"
+    return cell
 
 
 def draw(results, path):
@@ -466,6 +526,8 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0, help="--score: seed of the samples (0)")
     parser.add_argument("--device", default=DEVICES[0], choices=DEVICES, help="--score: where")
     parser.add_argument("--at_kl", type=float, nargs="*", default=[1, 2], help="KLs to compare rewards at (1 2)")
+    parser.add_argument("--against", nargs="*", default=[], help="also tables of the differences at these KLs from the "
+                        "runs of this name, say dpo, paired by seed and prefix")
     parser.add_argument("--out", default="out/frontier", help="writes OUT.json and OUT.png (out/frontier)")
     args = parse(parser)
     if args.eval_prefixes < 0 or args.eval_prefixes == 1 or not 0 <= args.seed < 2**63:
@@ -504,7 +566,8 @@ if __name__ == "__main__":
             parser.error(f"{folder} has no reward: it trained {run['method']} on {run['data']}")
         first = first or run
 
-        # a line's name; a run that differs in more than its seed, or not even in that, has a line of its own
+        # a line's name; a run that differs in more than its seed, or not even in that, has that of its directory,
+        # without a seed in front
         label = run["method"]
         if run["method"] == "tdpo2":
             label += f" α={run['alpha']:g}"
@@ -517,7 +580,7 @@ if __name__ == "__main__":
         setting["step"] = policy["step"]
         again = any(r["label"] == label and r["seed"] == run["seed"] for r in policies)
         if again or settings.setdefault(label, setting) != setting:
-            policy["label"] = folder
+            policy["label"] = os.path.join(os.path.dirname(folder), re.sub(r"^\d+-", "", os.path.basename(folder)))
 
         # at step 0 a policy is its reference, but where that was given
         origin = [setting[name] for name in ("data", "init_from", "reward", "texts")]
@@ -541,18 +604,25 @@ if __name__ == "__main__":
         ref = load_reference(first["ref_from"] or first["init_from"], model, tokenizer)
         count = args.eval_prefixes or first["eval_prefixes"]
         prefixes = task_prefixes(texts, tokenizer, first["seed"], 0, count)["test"]
-        result = score_policy(model, ref, tokenizer, prefixes, reward, first["max_new_tokens"], args.seed)
+        result, _ = score_policy(model, ref, tokenizer, prefixes, reward, first["max_new_tokens"], args.seed)
         results.append(dict(result, run=path, label=path + " (scored)", seed=args.seed, evals=[], curves=[]))
         pair = {"reference": ref, "policy": model}
         show_completions(pair, tokenizer, prefixes[:3], reward, first["max_new_tokens"], args.seed)
+
+    for against in args.against:
+        if against not in by_label(results):
+            parser.error(f"--against={against}: the runs are called {', '.join(by_label(results))}")
 
     # the numbers, a table of them, a figure
     lines = [json.dumps(result, ensure_ascii=False) for result in results]
     with open(args.out + ".json", "w", encoding="utf-8") as f:
         f.write("[" + ",\n".join(lines) + "]\n")
     print("\n" + "\n".join(table(results, args.at_kl)))
-    print("\nmean ± half of a 95 % interval, over seeds or, where wider, over samples; KLs are sums over a response, "
-          f"entropy a mean over its tokens, in nats. Wrote {args.out}.json")
+    print("\nmean ± half of a 95 % interval, over seeds or, where wider, over samples; [] is that of a bootstrap over "
+          "seeds and prefixes; KLs are sums over a response, entropy a mean over its tokens, in nats")
+    for against in args.against:
+        print("\n" + "\n".join(differences(results, args.at_kl, against)))
+    print(f"\nwrote {args.out}.json")
     try:
         draw(results, args.out + ".png")
         print(f"wrote {args.out}.png")

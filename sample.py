@@ -4,6 +4,7 @@
     python sample.py --model=out/hh-tdpo2 --num_samples=25                  # predictive entropy as in Table 1
     python sample.py --model=gpt2 --prompt="This film was" --temperature=0.7
     python sample.py --model=DIR --ref=DIR --prompts=questions.jsonl        # with "prompt", text or messages; or a .txt
+    python sample.py --model=out/reviews-tdpo2 --show=kl --html=kl.html     # which tokens carry the divergence
     python sample.py --model=DIR --format=mt_bench --prompts=question.jsonl --out=model_answer/NAME.jsonl
 
 Every response becomes one line of a .jsonl file: prompt, model, response, tokens, entropy, surprisal, kl, rkl.
@@ -14,6 +15,7 @@ import difflib
 import functools
 import glob
 import gzip
+import html
 import io
 import json
 import os
@@ -72,8 +74,13 @@ def load_model(path, device="cpu", cls=AutoModelForCausalLM):
 
     Ends the program with one sentence where that fails. Code that a model brings along is never run.
     """
-    if os.path.exists(os.path.join(path, "adapter_config.json")):
-        sys.exit(f"error: {path} is an adapter, no whole model: load it on its base model with peft, then save what "
+    adapter = os.path.join(path, "adapter_config.json")
+    if os.path.exists(adapter):
+        try:
+            base = json.load(open(adapter, encoding="utf-8"))["base_model_name_or_path"]
+        except (ValueError, LookupError, TypeError):
+            base = "its base model"
+        sys.exit(f"error: {path} is an adapter, no whole model: load it on {base} with peft, then save what "
                  "merge_and_unload() returns, and the tokenizer, with save_pretrained")
     # every reason for which a model does not load: OSError, ValueError, KeyError, SafetensorError
     try:
@@ -380,18 +387,15 @@ def generate(model, tokenizer, prompts, max_new_tokens, num_samples=1, temperatu
 
 
 @torch.no_grad()
-def response_stats(model, ref, prompts, responses):
-    """Per response (prompts[i], responses[i], lists of token ids) in nats: entropy, surprisal, kl, rkl (arrays).
-
-    entropy is the mean over response tokens of -sum_v p log p (f-DPO's definition), surprisal its Monte-Carlo form, the
-    mean of -log p(token); kl = KL(ref || model) as in Eq. 10 and rkl = KL(model || ref) are sums over tokens, 0 without
-    ref.
-    """
-    result = {name: np.zeros(len(prompts)) for name in ("entropy", "surprisal", "kl", "rkl")}
+def measure(model, ref, prompts, responses):
+    """What each token adds, in nats: for each response (prompts[i], responses[i], lists of token ids) a dict of arrays,
+    one value a token: entropy of the policy, surprisal -log pi(token), and against ref, 0 without one, logratio
+    log pi(token) - log ref(token), kl = KL(ref || model) as in Eq. 10 and rkl = KL(model || ref)."""
     # entries that only one of the two has are padding
     vocabulary = min(len(m.get_output_embeddings().weight) for m in (model, ref) if m is not None)
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
     order = sorted(range(len(prompts)), key=lambda i: lengths[i])
+    result = [None] * len(prompts)
     with tqdm(total=len(order), desc="measuring", leave=False, disable=None) as bar:
         while order:
             # the largest first, in batches of bounded logits; padding behind a text changes nothing before it
@@ -403,25 +407,34 @@ def response_stats(model, ref, prompts, responses):
             labels = pad_sequence(labels, True, -100).to(model.device)
 
             # logits at t predict token t + 1
-            labels = labels[:, 1:]
-            logits = model(ids, use_cache=False).logits[:, :-1, :vocabulary].float()
+            response = labels[:, 1:] != -100
+            logits = model(ids, use_cache=False).logits[:, :-1, :vocabulary][response].float()
             ref_logits = logits
             if ref is not None:
-                ref_logits = ref(ids, use_cache=False).logits[:, :-1, :vocabulary]
-            tokens = token_stats(logits, ref_logits, labels)
+                ref_logits = ref(ids, use_cache=False).logits[:, :-1, :vocabulary][response]
+            tokens = token_stats(logits, ref_logits, labels[:, 1:][response])
             logp = logits.log_softmax(-1)
             entropy = -(logp.exp() * logp.clamp(min=-1e4)).sum(-1)
+            columns = {"entropy": entropy, "surprisal": -tokens.logp, "logratio": tokens.logratio, "kl": tokens.kl,
+                       "rkl": tokens.rkl}
 
-            # sums over response tokens, and means of them
-            response = labels != -100
-            n_tokens = response.sum(1)
-            entropy = (entropy * response).sum(1)
-            surprisal = -tokens.logp.sum(1)
-            result["entropy"][batch] = (entropy / n_tokens).cpu()
-            result["surprisal"][batch] = (surprisal / n_tokens).cpu()
-            result["kl"][batch] = tokens.kl.sum(1).cpu()
-            result["rkl"][batch] = tokens.rkl.sum(1).cpu()
+            # of all tokens of the batch those of each response
+            for name, column in columns.items():
+                values = column.cpu().split([len(responses[i]) for i in batch])
+                for i, x in zip(batch, values):
+                    result[i] = {**(result[i] or {}), name: x.double().numpy()}
             bar.update(len(batch))
+    return result
+
+
+def response_stats(measured):
+    """Per response in nats, of what `measure` returns: entropy, surprisal, kl, rkl (arrays). entropy is the mean over
+    tokens of -sum_v p log p (f-DPO's definition), surprisal its Monte-Carlo form; kl and rkl are sums over tokens."""
+    result = {}
+    for name in ("entropy", "surprisal"):
+        result[name] = np.array([tokens[name].mean() for tokens in measured])
+    for name in ("kl", "rkl"):
+        result[name] = np.array([tokens[name].sum() for tokens in measured])
     return result
 
 
@@ -442,6 +455,50 @@ def ratio_mean(values, weights, groups):
 
 
 # -----------------------------------------------------------------------------
+# the token level, made visible
+
+# the shares of a response's sum from which on a token is one shade darker
+SHADES = (0.02, 0.05, 0.1, 0.2, 0.4)
+LEGEND = "share of the sum of a response's {}, without sign, from {}; blue: below 0"
+PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title>
+<style>body {{ font: 17px/1.6 sans-serif; max-width: 60em; margin: 1em auto; padding: 0 1em }}
+p {{ white-space: pre-wrap; margin: 0.4em 0 }}</style>
+{body}
+"""
+
+
+def token_texts(tokenizer, prompt, response):
+    """The text that each token adds to those before it; a character of several tokens stands with the last of them."""
+    texts, done = [], tokenizer.decode(prompt)
+    for n in range(1, len(response) + 1):
+        text = tokenizer.decode(prompt + response[:n])
+        if text.endswith("\ufffd") and n < len(response):
+            texts.append("")
+            continue
+        texts.append(text[len(done):])
+        done = text
+    return texts
+
+
+def paint(text, share, page, title=""):
+    """A token's text on the color of its share, red or, below 0, blue: HTML for a page, else for a terminal."""
+    strong = (225, 70, 40) if share > 0 else (50, 110, 235)
+    depth = sum(abs(share) >= shade for shade in SHADES) / len(SHADES)
+    red, green, blue = [round(255 + depth * (x - 255)) for x in strong]
+    if page:
+        return f'<span style="background: rgb({red},{green},{blue})" title="{title}">{html.escape(text)}</span>'
+    text = text.replace("\n", "\\n")
+    return f"\033[30;48;2;{red};{green};{blue}m{text}\033[0m"
+
+
+def shaded(texts, values, name, page):
+    """A response's tokens, each on the color of its share of sum(|values|), and the sum of values, in nats."""
+    whole = max(np.abs(values).sum(), 1e-9)
+    painted = [paint(text, x / whole, page, f"{x:.3f} nats") for text, x in zip(texts, values)]
+    return "".join(painted) + f" [{name} {values.sum():.2f} nats]"
+
+
+# -----------------------------------------------------------------------------
 # the script
 
 
@@ -454,21 +511,29 @@ def write_samples(args, model, tokenizer, ref, texts):
     if ref is not None:
         models = {"reference": (ref, None), **models}
     rows, means = [], []
-    shown = [[] for _ in texts]
+    shown, page = [[] for _ in texts], [[] for _ in texts]
     for name, (m, against) in models.items():
         drawn = generate(m, tokenizer, prompts, args.max_new_tokens, args.num_samples, args.temperature, args.top_p,
                          args.seed)
         responses = [response for group in drawn for response in group]
-        stats = response_stats(m, against, [prompts[i] for i in index], responses)
+        measured = measure(m, against, [prompts[i] for i in index], responses)
+        stats = response_stats(measured)
 
         # a row for each response; there is no divergence without a reference
         if against is None:
             stats = {key: stats[key] for key in ("entropy", "surprisal")}
         for n, i in enumerate(index):
             text = response_text(tokenizer, prompts[i], responses[n])
-            shown[i].append(f"  {name:9} |{text}")
-            measured = {key: float(values[n]) for key, values in stats.items()}
-            rows.append(dict(prompt=texts[i], model=name, response=text, tokens=len(responses[n]), **measured))
+            line, paragraph = text, html.escape(text)
+            # the reference does not diverge from itself
+            if args.show and (against is not None or args.show == "surprisal"):
+                pieces, values = token_texts(tokenizer, prompts[i], responses[n]), measured[n][args.show]
+                line = shaded(pieces, values, args.show, page=False)
+                paragraph = shaded(pieces, values, args.show, page=True)
+            shown[i].append(f"  {name:9} |{line}")
+            page[i].append(f"<p><i>{name}</i> {paragraph}</p>")
+            sums = {key: float(values[n]) for key, values in stats.items()}
+            rows.append(dict(prompt=texts[i], model=name, response=text, tokens=len(responses[n]), **sums))
 
         # a line for each model: means over tokens, or over responses
         lengths = np.array([len(response) for response in responses])
@@ -485,6 +550,14 @@ def write_samples(args, model, tokenizer, ref, texts):
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     for text, lines in zip(texts, shown):
         print("\n" + "\n".join([text.strip(), *lines]))
+    if args.show:
+        print("\n" + LEGEND.format(args.show, "".join(paint(f" {x:.0%} ", x, page=False) for x in SHADES)))
+    if args.html:
+        body = [LEGEND.format(args.show, "".join(paint(f" {x:.0%} ", x, page=True) for x in SHADES))]
+        for text, paragraphs in zip(texts, page):
+            body += [f"<h3>{html.escape(text.strip())}</h3>", *paragraphs]
+        with open(args.html, "w", encoding="utf-8") as f:
+            f.write(PAGE.format(title=html.escape(f"{args.show} of {args.model}"), body="\n".join(body)))
     print("\n" + "\n".join(means))
     print(f"nats, entropy and surprisal a token, ± standard error over {len(texts)} prompts; wrote {args.out}")
 
@@ -552,6 +625,9 @@ if __name__ == "__main__":
     parser.add_argument("--chat", action="store_true", help="put prompts that are text through the chat template")
     parser.add_argument("--format", default="samples", choices=("samples", "mt_bench", "alpaca_eval"),
                         help="samples beside the reference's, or answers for FastChat's or AlpacaEval's judge")
+    parser.add_argument("--show", default="", choices=("kl", "logratio", "surprisal"),
+                        help="shade each token by its share of KL(ref || model), log pi - log ref or -log pi")
+    parser.add_argument("--html", default="", help="with --show: write the shaded responses as a page, too")
     parser.add_argument("--num_prompts", type=int, default=8, help="at most so many, 0 for all (default 8)")
     parser.add_argument("--num_samples", type=int, default=1, help="responses a prompt (default 1)")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="(default 128)")
@@ -568,8 +644,9 @@ if __name__ == "__main__":
     held_out = os.path.join(folder, "prompts.jsonl")
     for fails, message in (
         (judged and not (args.prompts and args.out), f"--format={args.format} needs --prompts and --out"),
-        (judged and (args.prompt or args.ref or args.num_samples > 1),
-         f"--format={args.format} has no use for --prompt, --ref and --num_samples"),
+        (judged and (args.prompt or args.ref or args.show or args.num_samples > 1),
+         f"--format={args.format} has no use for --prompt, --ref, --show and --num_samples"),
+        (args.html and not args.show, "--html needs --show=kl, logratio or surprisal"),
         (args.chat and not (args.prompt or args.prompts), "--chat: a run's own prompts have gone through it"),
         (args.prompt and args.prompts, "--prompt and --prompts exclude each other"),
         (not (args.prompt or args.prompts or os.path.exists(held_out)),
@@ -582,6 +659,8 @@ if __name__ == "__main__":
         if fails:
             parser.error(message)
     args.out = writable(parser, args.out or os.path.join(folder, "samples.jsonl"))
+    if args.html:
+        writable(parser, args.html)
 
     # prompts, and the model
     if args.prompt:
@@ -633,4 +712,6 @@ if __name__ == "__main__":
     ref = None
     if args.ref:
         ref = load_reference(args.ref, model, tokenizer)
+    elif args.show in ("kl", "logratio"):
+        sys.exit(f"error: --show={args.show} compares with a reference, and {args.model} names none: give --ref")
     write_samples(args, model, tokenizer, ref, list(dict.fromkeys(texts)))

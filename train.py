@@ -814,7 +814,7 @@ def choose_attention(models, examples, preferred):
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 CHECKPOINT = ("state.pt", "config.json", "generation_config.json", "model*.safetensors*", "tokenizer*", "vocab.*",
               "merges.txt", "special_tokens_map.json", "added_tokens.json", "*chat_template*", "samples.jsonl",
-              "prompts.jsonl")
+              "prompts.jsonl", "evals", "log.png")
 
 
 def join_processes():
@@ -930,6 +930,34 @@ def start_log(folder, options, step, resume):
     return open(path, "a", encoding="utf-8", buffering=1)
 
 
+PANELS = {
+    "reward of fresh samples": ["eval_reward"],
+    "KL(π_ref ‖ π), nats": ["kl_w", "kl_l", "eval_kl_w", "eval_kl_l", "eval_sample_kl"],
+    "loss": ["loss", "eval_loss"],
+    "accuracy": ["acc", "eval_acc"],
+}
+
+
+def draw_log(folder):
+    """log.png: what a run has logged, over its steps, as far as it has it. ImportError: there is no matplotlib."""
+    import matplotlib
+    matplotlib.use("Agg")                   # to a file, no window
+    import matplotlib.pyplot as plt
+    log = eval_imdb.read_log(folder)
+    titles = [title for title, names in PANELS.items() if any(name in record for record in log for name in names)]
+    figure, axes = plt.subplots(1, len(titles), figsize=(4.5 * len(titles), 3.6), squeeze=False, layout="constrained")
+    for axis, title in zip(axes[0], titles):
+        for name in PANELS[title]:
+            points = [(record["step"], record[name]) for record in log if name in record]
+            if points:
+                steps, values = zip(*points)
+                axis.plot(steps, values, marker="." if "eval" in name else "", label=name)
+        axis.set(title=title, xlabel="step")
+        axis.legend()
+    figure.savefig(os.path.join(folder, "log.png"), dpi=100)
+    plt.close(figure)
+
+
 # -----------------------------------------------------------------------------
 # steps, metrics
 
@@ -993,7 +1021,13 @@ def memory_needs(model, ref, examples, attention, low, adamw, checkpointed, worl
                 break
             except Exception:       # no registered function is taken; or which experts a token takes is in the data
                 kept.clear()
-        activations = sum(x.nbytes() for x in kept.values())
+        # on a CPU a large buffer takes whole huge pages (THP_MEM_ALLOC_ENABLE, above)
+        page = 1 if attention == "flex" else 2**21
+        activations = 0
+        for x in kept.values():
+            activations += x.nbytes()
+            if x.nbytes() >= page:
+                activations += -x.nbytes() % page
     # the inputs of all blocks, and one block at a time
     if checkpointed and kept:
         blocks = len(blocks_of(model))
@@ -1185,19 +1219,14 @@ if __name__ == "__main__":
     row = [row[i] for i in pack([size(example) for example in row], micro_tokens)[0]]
     needed, needs = memory_needs(model, None if sft else ref, row, attention, dtype == "bfloat16",
                                  optimizer == "adamw", checkpoint_activations, world)
+    shares = ", ".join(f"{name} {x / 2**30:.2f}" for name, x in needs.items())
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if device == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory
-    else:
-        # the process has these already, and libraries and what loading took besides
-        needed += peak_gib("cpu") * 2**30 - needs["weights"] - needs["reference"]
-    shares = ", ".join(f"{name} {x / 2**30:.2f}" for name, x in needs.items())
-    print(f"memory: about {needed / 2**30:.2f} of {there / 2**30:.1f} GiB ({shares})", flush=True)
-    if not needs["activations"]:
-        print("note: that is without activations, which this model's layers do not tell before they have data")
-    if device == "cuda" and needed > there:
-        sys.exit("error: that does not fit. --checkpoint_activations=True and a smaller --micro_tokens take less for "
-                 "activations, --lora_rank=16 for gradients, optimizer and reference, more processes for all of these")
+        if needed > there:
+            sys.exit(f"error: a step takes about {needed / 2**30:.1f} GiB ({shares}), and the GPU has "
+                     f"{there / 2**30:.1f}. --checkpoint_activations=True and a smaller --micro_tokens take less for "
+                     "activations, --lora_rank=16 for gradients, optimizer and reference, more processes for all")
 
     if world == 1:
         place = device
@@ -1216,6 +1245,12 @@ if __name__ == "__main__":
         attention = choose_attention(models, [examples[0], probe], attention)
     if device == "cuda" and attention == "pairs":       # it was looked at on the CPU
         attention = "flex"
+    if device != "cuda":
+        # the process has these already, and libraries and what came before besides
+        needed += peak_gib("cpu") * 2**30 - needs["weights"] - needs["reference"]
+    print(f"memory: about {needed / 2**30:.2f} of {there / 2**30:.1f} GiB ({shares})", flush=True)
+    if not needs["activations"]:
+        print("note: that is without activations, which this model's layers do not tell before they have data")
 
     # a resumed run has to find the same data and reference again
     digest, step = fingerprint([*examples, *held_out], model if sft else ref), 0
@@ -1381,8 +1416,14 @@ if __name__ == "__main__":
         # a task's own measure; uncompiled, as torch.compile would compile anew for every length of a prompt
         if task and not sft:
             with torch.compiler.set_stance("force_eager"):
-                found.update(eval_imdb.score_policy(model, ref, tokenizer, prefixes["test"], score, max_new_tokens,
-                                                    seed))
+                scores, samples = eval_imdb.score_policy(model, ref, tokenizer, prefixes["test"], score,
+                                                         max_new_tokens, seed)
+            found.update(scores)
+            # runs of one seed have the same prefixes, so that they can be compared one by one
+            if rank == 0:
+                os.makedirs(os.path.join(out_dir, "evals"), exist_ok=True)
+                with open(os.path.join(out_dir, "evals", f"{step}.jsonl"), "w", encoding="utf-8") as f:
+                    f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
         record = {"eval_" + name: x for name, x in found.items()}
         record = {"step": step, **record, "eval_pairs": len(held_out)}
         shown = "loss acc margin kl_w kl_l kl_gap reward reward_se sample_kl sample_rkl entropy"
@@ -1490,6 +1531,12 @@ if __name__ == "__main__":
     middle = np.median(speeds[min(3, len(speeds) - 1):], axis=0)
     print(f"\nmedian speed {middle[0]:.2f} {noun}/s, {middle[1]:.0f} tokens/s; peak memory {peak_gib(device):.2f} GiB; "
           f"{time.time() - launched:.0f} s in all")
+    if rank == 0:
+        try:
+            draw_log(out_dir)
+            print(f"wrote {os.path.join(out_dir, 'log.png')}")
+        except ImportError:
+            print("matplotlib is not installed, so there is no log.png")
     follow = f"sample.py --model={out_dir}"
     if sft:
         # the embedded task gives its SFT model another name

@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# The frontier of reward and KL: the embedded task and IMDb with a small pretrained model. Started again, it skips what has
+# finished and resumes what has saved. RESULTS.md has the plan.
+#
+#     bash assets/study.sh reviews
+#     MODEL=models/smollm2 JUDGE=models/judge TEXTS=imdb.parquet bash assets/study.sh imdb
+#
+# MODEL is SmolLM2-135M-Instruct's directory, JUDGE that of a classifier with a label positive, TEXTS a table with columns
+# text and split. SEEDS="1 2" takes these alone.
+set -e
+: "${1:?reviews or imdb}"
+
+# run PROGRAM DIR OPTIONS: one run into DIR, its output in DIR.log, the last line shown where it fails
+run() {
+    local program=$1 dir=$2
+    shift 2
+    grep -qs "^saved $dir |" $dir.log && return
+    if [ -e $dir/state.pt ]; then set -- --resume=True; else set -- "$@" --overwrite=True; fi
+    python $program --out_dir=$dir "$@" > $dir.log 2>&1 || tail -n 1 $dir.log
+}
+export -f run
+# each: the runs that its input names, one a line, two at a time
+each() { OMP_NUM_THREADS=1 xargs -P 2 -L 1 bash -c 'run $0 "$@"'; }
+# methods: DPO with its own knob for the KL, TDPO1, and TDPO2, by --beta and --alpha
+methods() {
+    for beta in $1; do echo "dpo --beta=$beta"; done
+    echo tdpo1
+    for alpha in $2; do echo "tdpo2 --alpha=$alpha"; done
+}
+# edited NAME FILE-LINE PATTERN LINE: the programs in out/NAME, with one line of tdpo.py replaced
+edited() {
+    mkdir -p out/edited/$1
+    cp *.py out/edited/$1
+    sed -i "s|^$2.*|$3|" out/edited/$1/tdpo.py
+    ! cmp -s tdpo.py out/edited/$1/tdpo.py || { echo "error: tdpo.py has no line to edit for $1"; exit 1; }
+}
+
+if [ $1 = reviews ]; then
+    mkdir -p out/reviews
+    steps="--max_steps=120 --warmup_steps=60 --eval_interval=10"
+    seeds=${SEEDS:-1 2 3 4 5 6 7 8}
+    # the seeds' SFT models and pairs first
+    for s in $seeds; do
+        echo train.py out/reviews/$s-dpo-beta=0.1 --seed=$s --method=dpo --beta=0.1 $steps
+    done | each
+    for s in $seeds; do
+        methods "0.03 0.3 1 3" "0.25 0.5 1 2 5" | while read m; do
+            echo train.py out/reviews/$s-${m/ --/-} --seed=$s --method=$m $steps
+        done
+    done | each
+
+    # three objectives that the paper does not have, each one line of tdpo.py
+    dpo='        v = w.logratio - l.logratio  '
+    edited lndpo "$dpo" '        v = w.logratio / w.length - l.logratio / l.length'
+    edited tdpo2r '        v = w.logratio - l.logratio - alpha' '        v = w.logratio - l.logratio - alpha * (l.rkl - w.rkl.detach())'
+    edited ipo '    return -F.logsigmoid(m)' '    return (m / beta - 1 / (2 * beta)) ** 2'
+    for s in $seeds; do
+        for m in "lndpo dpo --beta=3" "tdpo2r tdpo2 --alpha=0.5" "ipo dpo --beta=0.1"; do
+            set -- $m
+            echo out/edited/$1/train.py out/reviews/$s-$1 --seed=$s --method=$2 $3 $steps
+        done
+    done | each
+else
+    mkdir -p out/imdb
+    imdb="--data=imdb --texts=${TEXTS:?a table of reviews} --dtype=bfloat16 --max_new_tokens=32 --eval_pairs=64"
+    for s in ${SEEDS:-1 2 3}; do
+        run train.py out/imdb/$s-sft --seed=$s --method=sft --data=imdb --texts=$TEXTS --dtype=bfloat16 \
+            --init_from=${MODEL:?the directory of SmolLM2-135M-Instruct} --optimizer=adamw --learning_rate=2e-5 \
+            --warmup_steps=10 --batch_size=24 --max_length=80 --max_steps=110 --eval_interval=55 --eval_pairs=64
+        pairs="--init_from=out/imdb/$s-sft --reward=${JUDGE:?the directory of a sentiment classifier} --seed=$s"
+        pairs="$pairs --train_prefixes=600 --eval_prefixes=600 --min_score_gap=0.3 --learning_rate=2e-5"
+        pairs="$pairs --warmup_steps=20 --batch_size=16 --max_steps=60 --eval_interval=10 --save_interval=30"
+        # the first run makes the seed's pairs
+        run train.py out/imdb/$s-dpo-beta=0.1 --method=dpo --beta=0.1 $imdb $pairs
+        methods "0.3 1" "0.5 1" | while read m; do
+            echo train.py out/imdb/$s-${m/ --/-} --method=$m $imdb $pairs
+        done | each
+    done
+fi
