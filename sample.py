@@ -33,7 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from tdpo import token_stats
+from tdpo import elementwise, token_stats
 
 # the devices that are here, the best first
 DEVICES = ["cpu"]
@@ -386,6 +386,15 @@ def generate(model, tokenizer, prompts, max_new_tokens, num_samples=1, temperatu
     return responses
 
 
+def token_measures(logits, ref_logits, labels):
+    """{name: (N,)} of the tokens labels (N,) that logits and ref_logits (N, V) predict; see `measure`."""
+    tokens = token_stats(logits, ref_logits, labels)
+    logp = logits.float().log_softmax(-1)
+    entropy = -(logp.exp() * logp.clamp(min=-1e4)).sum(-1)
+    return {"entropy": entropy, "surprisal": -tokens.logp, "logratio": tokens.logratio, "kl": tokens.kl,
+            "rkl": tokens.rkl}
+
+
 @torch.no_grad()
 def measure(model, ref, prompts, responses):
     """What each token adds, in nats: for each response (prompts[i], responses[i], lists of token ids) a dict of arrays,
@@ -408,15 +417,13 @@ def measure(model, ref, prompts, responses):
 
             # logits at t predict token t + 1
             response = labels[:, 1:] != -100
-            logits = model(ids, use_cache=False).logits[:, :-1, :vocabulary][response].float()
+            logits = model(ids, use_cache=False).logits[:, :-1, :vocabulary][response]
             ref_logits = logits
             if ref is not None:
                 ref_logits = ref(ids, use_cache=False).logits[:, :-1, :vocabulary][response]
-            tokens = token_stats(logits, ref_logits, labels[:, 1:][response])
-            logp = logits.log_softmax(-1)
-            entropy = -(logp.exp() * logp.clamp(min=-1e4)).sum(-1)
-            columns = {"entropy": entropy, "surprisal": -tokens.logp, "logratio": tokens.logratio, "kl": tokens.kl,
-                       "rkl": tokens.rkl}
+            # train.py forbids compiling while it samples; here it saves most of the time
+            with torch.compiler.set_stance("default"):
+                columns = elementwise(token_measures, logits, ref_logits, labels[:, 1:][response])
 
             # of all tokens of the batch those of each response
             for name, column in columns.items():
@@ -459,10 +466,11 @@ def ratio_mean(values, weights, groups):
 
 # the shares of a response's sum from which on a token is one shade darker
 SHADES = (0.02, 0.05, 0.1, 0.2, 0.4)
-LEGEND = "share of the sum of a response's {}, without sign, from {}; blue: below 0"
+LEGEND = "a token's share of its response's {} (absolute values; blue is below 0), from {} on"
 PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title>
 <style>body {{ font: 17px/1.6 sans-serif; max-width: 60em; margin: 1em auto; padding: 0 1em }}
 p {{ white-space: pre-wrap; margin: 0.4em 0 }}</style>
+<h2>{title}</h2>
 {body}
 """
 
@@ -557,7 +565,7 @@ def write_samples(args, model, tokenizer, ref, texts):
         for text, paragraphs in zip(texts, page):
             body += [f"<h3>{html.escape(text.strip())}</h3>", *paragraphs]
         with open(args.html, "w", encoding="utf-8") as f:
-            f.write(PAGE.format(title=html.escape(f"{args.show} of {args.model}"), body="\n".join(body)))
+            f.write(PAGE.format(title=html.escape(f"{args.model}: {args.show}"), body="\n".join(body)))
     print("\n" + "\n".join(means))
     print(f"nats, entropy and surprisal a token, ± standard error over {len(texts)} prompts; wrote {args.out}")
 

@@ -113,7 +113,7 @@ def fused_tdpo_loss(hidden, weight, ref_hidden, ref_weight, labels, pair, chosen
     carry = _carried(beta, alpha, method, hidden.device)
 
     def chunk_losses(rows, first, pairs, logits, ref_logits):
-        tokens, among = _elementwise(token_stats, logits, ref_logits, labels[rows], carry), sequence[rows] - 2 * first
+        tokens, among = elementwise(token_stats, logits, ref_logits, labels[rows], carry), sequence[rows] - 2 * first
         yw_idx, yl_idx = slice(1, None, 2), slice(0, None, 2)
         return _pair_losses(tokens, labels[rows], among, 2 * pairs, yw_idx, yl_idx, beta, alpha, method)
     return _by_chunks(chunk_losses, torch.bincount(pair), hidden, weight, (ref_hidden, ref_weight))
@@ -134,7 +134,7 @@ def _carried(beta, alpha, method, device):
 def fused_sft_loss(hidden, weight, labels):
     """Cross-entropy by the same road: its mean over N > 0 tokens, none labelled -100, in nats; stats {"loss": (N,)}."""
     def chunk_losses(rows, first, n, logits):
-        losses = _elementwise(F.cross_entropy, logits, labels[rows], None, None, -100, None, "none")
+        losses = elementwise(F.cross_entropy, logits, labels[rows], None, None, -100, None, "none")
         return losses, {"loss": losses.detach()}
     return _by_chunks(chunk_losses, torch.ones(len(labels), dtype=torch.long), hidden, weight)
 
@@ -191,7 +191,7 @@ def _product(a, b, wide):       # a @ b, accumulated in fp32; bf16 operands give
     return torch.mm(a, b, out_dtype=wide) if a.is_cuda and a.dtype != wide else a @ b
 
 
-def _elementwise(fn, logits, *rest):
+def elementwise(fn, logits, *rest):
     """fn(logits, *rest), compiled for a large vocabulary: one sweep over the logits, not a dozen temporaries."""
     if logits.shape[-1] < COMPILE_VOCAB:
         return fn(logits, *rest)

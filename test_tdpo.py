@@ -341,7 +341,8 @@ def test_fused_refuses_a_second_derivative_and_disordered_pairs():
 
 
 def test_fused_is_accurate_in_fp32_and_under_bf16_autocast():
-    """Operands rounded to bf16, as GPUs take them, cost less than 2 %, logits that are rounded would cost more."""
+    """Operands rounded to bf16, as GPUs and CPUs with such products take them, cost less than 2 %, logits that are
+    rounded would cost more."""
     hidden, weight, noise, _, *rest = fused_case(pairs=40, d=64, V=500)
     exact = cast([hidden, 0.1 * weight, hidden + 0.05 * noise, 0.1 * weight, *rest], torch.float64)
     low, rounded = cast(exact, torch.float32), cast(cast(exact, torch.bfloat16), torch.float32)
@@ -355,7 +356,7 @@ def test_fused_is_accurate_in_fp32_and_under_bf16_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         autocast_loss, autocast = tdpo.fused_tdpo_loss(*low)
         _, by_unfused = whole(*low)
-    for stats, limit in ((single, 1e-4), (autocast, 1e-2), (operands, 2e-2)):
+    for stats, limit in ((single, 1e-4), (autocast, 2e-2), (operands, 2e-2)):
         assert max(error(stats, "kl_w"), error(stats, "kl_l")) < limit < error(by_unfused, "kl_l")
     for a, b in zip(grad(autocast_loss, low[:2]), grad(loss, exact[:2])):
         assert (a - b).norm() / b.norm() < 1e-2
@@ -1250,7 +1251,11 @@ def test_generation_is_seeded_and_stops_at_eos(words):
     assert all(0 not in r[:-1] and (len(r) == 12 or r[-1] == 0) for r in a[0] + a[1]) and min(map(len, a[0])) < 12
 
 
-def test_responses_are_measured_as_defined():
+@pytest.mark.parametrize("compiled", (False, True))
+def test_responses_are_measured_as_defined(compiled, monkeypatch):
+    if compiled:
+        monkeypatch.setattr(tdpo, "COMPILE_VOCAB", 1)
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
     model, other = eval_imdb.scratch_model(0)[0], eval_imdb.scratch_model(1)[0]
     prompts, responses = [[5, 6], [7, 8, 9]], [[10, 11, 12, 13], [14, 0]]
     stats = sample.response_stats(sample.measure(model, other, prompts, responses))
@@ -1506,7 +1511,7 @@ def test_sample_shows_and_measures(runs):
         assert all(r["kl"] > 0 for r in part) if name == "policy" else all("kl" not in r for r in part)
 
     # the tokens of a policy's responses, shaded: their text is the response, and their sums are what was measured
-    out = says(0, "logratio, without sign, from ", "sample.py", "--model=tdpo2", "--num_prompts=2", "--show=logratio",
+    out = says(0, r"its response's logratio \(absolute values", "sample.py", "--model=tdpo2", "--num_prompts=2", "--show=logratio",
                "--html=show.html", "--out=show.jsonl")
     assert "\033[30;48;2;255,255,255m".replace(",", ";") in out
     page, shown = text_of(os.path.abspath("show.html")), lines_of("show.jsonl")

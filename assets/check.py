@@ -1,0 +1,58 @@
+"""Recompute a few of a run's last samples by other means: reward and KLs, one token at a time, in float64.
+
+    python assets/check.py out/reviews/1-dpo-beta=0.1 out/imdb/1-dpo-beta=0.1
+
+It shares no code with the project. Rewards are those of transformers' own pipeline, or of words counted anew.
+"""
+import json
+import os
+import re
+import sys
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+GOOD = """wonderful superb charming brilliant touching gripping clever delightful warm fresh funny moving elegant honest
+thrilling loved enjoyed admired praised recommend treasure"""
+BAD = """dull awful tedious clumsy boring weak lifeless messy bland stale shallow painful hollow lazy annoying hated endured
+regretted mocked avoid forget"""
+
+
+def reward_of(text, judge):
+    if judge is None:
+        good, bad = [len(re.findall(rf"\b({'|'.join(words.split())})\b", text)) for words in (GOOD, BAD)]
+        return (good - bad) / max(1, good + bad)
+    scores = judge(text, top_k=None, truncation=True)
+    return [x["score"] for x in scores if x["label"].lower().startswith("pos")][0]
+
+
+def log_probabilities(model, ids):
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
+
+
+worst = {"reward": 0.0, "kl": 0.0, "rkl": 0.0, "entropy": 0.0}
+for folder in sys.argv[1:]:
+    options = json.load(open(os.path.join(folder, "options.json")))
+    judge = None
+    if options["reward"] != "exact":
+        judge = pipeline("text-classification", options["reward"], dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    policy, reference = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+                         for path in (folder, options["init_from"])]
+    steps = [int(name.split(".")[0]) for name in os.listdir(os.path.join(folder, "evals"))]
+    lines = open(os.path.join(folder, "evals", f"{max(steps)}.jsonl"), encoding="utf-8").read().splitlines()
+    for line in lines[:: len(lines) // 5][:5]:
+        row = json.loads(line)
+        ids = tokenizer(row["prompt"])["input_ids"]
+        found = {"reward": reward_of(row["prompt"] + row["response"], judge), "kl": 0.0, "rkl": 0.0, "entropy": 0.0}
+        for token in row["tokens"]:
+            p, q = log_probabilities(policy, ids), log_probabilities(reference, ids)
+            found["kl"] += float((q.exp() * (q - p)).sum())
+            found["rkl"] += float((p.exp() * (p - q)).sum())
+            found["entropy"] -= float((p.exp() * p).sum()) / len(row["tokens"])
+            ids = ids + [token]
+        for name, x in found.items():
+            worst[name] = max(worst[name], abs(x - row[name]) / max(1, abs(x)))
+        print(folder, {name: (round(x, 4), row[name]) for name, x in found.items()})
+print("largest differences, of 1 or of the value where it is more:", {name: f"{x:.1e}" for name, x in worst.items()})

@@ -1,0 +1,99 @@
+"""A second opinion on the IMDb reward: TF-IDF of words and pairs of words with logistic regression, fitted to beginnings of
+IMDb's training reviews, on the very samples that the first classifier has scored.
+
+    python assets/second.py imdb.parquet assets/imdb.json assets/second.json
+
+imdb.parquet has text, label (1 is positive) and split. second.json is imdb.json with the other rewards; the samples are
+read from the runs that imdb.json names.
+"""
+import collections
+import json
+import os
+import re
+import sys
+
+import numpy as np
+import torch
+from datasets import load_dataset
+
+WORDS = 30              # of a review's beginning: as long as a prefix and its completion
+
+
+def terms(text):
+    words = re.findall(r"[a-z']+", text.lower())
+    return words + [f"{a} {b}" for a, b in zip(words, words[1:])]
+
+
+def matrix(texts):
+    """TF-IDF of texts (n, terms), each row of length 1."""
+    rows, columns, values = [], [], []
+    for n, text in enumerate(texts):
+        counts = collections.Counter(term for term in terms(text) if term in index)
+        weights = {term: (1 + np.log(count)) * idf[term] for term, count in counts.items()}
+        norm = np.sqrt(sum(x * x for x in weights.values())) or 1.0
+        for term, x in weights.items():
+            rows.append(n)
+            columns.append(index[term])
+            values.append(x / norm)
+    return torch.sparse_coo_tensor([rows, columns], values, (len(texts), len(index)), dtype=torch.float32).to_sparse_csr()
+
+
+texts_file, results_file, out = sys.argv[1:]
+table = load_dataset("parquet", data_files=texts_file, split="train").to_dict()
+reviews = {"train": [], "test": []}
+for text, label, split in zip(table["text"], table["label"], table["split"]):
+    text = re.sub(r"<br\s*/?>", " ", text).split()
+    # of a training review two stretches
+    for begin in (0, WORDS) if split == "train" else (0,):
+        stretch = " ".join(text[begin:begin + WORDS])
+        if stretch:
+            reviews[split].append((stretch, float(label)))
+
+seen = collections.Counter(term for text, _ in reviews["train"] for term in set(terms(text)))
+index = {term: n for n, term in enumerate(sorted(term for term, count in seen.items() if count >= 5))}
+idf = {term: np.log(len(reviews["train"]) / seen[term]) for term in index}
+data = {split: (matrix([text for text, _ in rows]), torch.tensor([y for _, y in rows])) for split, rows in reviews.items()}
+
+# logistic regression with a penalty on the weights
+weight, bias = torch.zeros(len(index), 1, requires_grad=True), torch.zeros(1, requires_grad=True)
+optimizer = torch.optim.LBFGS([weight, bias], max_iter=60, line_search_fn="strong_wolfe")
+x, y = data["train"]
+
+
+def closure():
+    optimizer.zero_grad()
+    logits = (x @ weight)[:, 0] + bias
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, y) + 1e-5 * weight.square().sum()
+    loss.backward()
+    return loss
+
+
+optimizer.step(closure)
+
+
+def positive(features):
+    with torch.no_grad():
+        return torch.sigmoid((features @ weight)[:, 0] + bias)
+
+
+x, y = data["test"]
+accuracy = ((positive(x) > 0.5) == (y > 0.5)).float().mean()
+print(f"{len(index)} terms; accuracy {accuracy:.4f} on the first {WORDS} words of {len(y)} test reviews")
+
+# the samples of every evaluation
+results = json.load(open(results_file, encoding="utf-8"))
+agreement = []
+for run in results:
+    for e in run["evals"]:
+        path = os.path.join(run["run"], "evals", f"{e['step']}.jsonl")
+        samples = [json.loads(line) for line in open(path, encoding="utf-8")]
+        scores = positive(matrix([s["prompt"] + s["response"] for s in samples])).tolist()
+        agreement.append(np.corrcoef(scores, e["rewards"])[0, 1])
+        e["rewards"] = [round(score, 3) for score in scores]
+        e["reward"] = float(np.mean(scores))
+        e["reward_se"] = float(np.std(scores, ddof=1) / len(scores)**0.5)
+    if run["evals"]:
+        run["reward"], run["reward_se"] = run["evals"][-1]["reward"], run["evals"][-1]["reward_se"]
+print(f"correlation with the first classifier's, sample by sample: {np.mean(agreement):.3f}")
+with open(out, "w", encoding="utf-8") as f:
+    f.write("[" + ",\n".join(json.dumps(run, ensure_ascii=False) for run in results if run["evals"]) + "]\n")
