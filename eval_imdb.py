@@ -1,13 +1,14 @@
 """The sentiment task, real (IMDb) and embedded (a seeded grammar of film reviews): texts, reward, pairs, scores.
 
     python eval_imdb.py --runs=out/reviews-dpo,out/reviews-tdpo2            # a table and a figure from the runs' logs
-    python eval_imdb.py --runs='out/sweep/[1-5]-*/' --at_kl 0.3 1 2         # means and intervals over seeds
+    python eval_imdb.py --runs='out/reviews/[1-8]-*/' --against dpo         # means, differences of eight seeds
     python eval_imdb.py --runs=out/reviews-dpo --score=out/reviews-dpo,DIR  # checkpoints scored anew, from anywhere
 
 Both take the same path; only texts, SFT model and reward differ (paper, Section 5.1; Rafailov et al. 2023, App. C.1).
 """
 import argparse
 import glob
+import gzip
 import hashlib
 import itertools
 import json
@@ -419,8 +420,9 @@ def compare(runs, others, level, draws=2000):
     # seeds, and for each of them a draw of its prefixes
     found = np.stack(found)
     seeds = rng.integers(len(found), size=(draws, len(found)))
-    means = np.nanmean(found[seeds, rng.integers(1, draws + 1, size=seeds.shape)], axis=1)
-    low, high = np.nanpercentile(means, (2.5, 97.5))
+    drawn = found[seeds, rng.integers(1, draws + 1, size=seeds.shape)]
+    drawn = drawn[np.isfinite(drawn).any(axis=1)]
+    low, high = np.percentile(np.nanmean(drawn, axis=1), (2.5, 97.5))
     return float(found[:, 0].mean()), float(low), float(high), len(found)
 
 
@@ -517,8 +519,8 @@ def draw(results, path):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("--runs", required=True, help="directories of train.py, or .json files that this script wrote, "
-                        "commas between; * and ? match; runs that differ in their seed alone share a line")
+    parser.add_argument("--runs", required=True, help="directories of train.py, or .json (.gz) files that this script "
+                        "wrote, commas between; * and ? match; runs that differ in their seed alone share a line")
     parser.add_argument("--score", default="", help="models (directories or hub ids, commas between) to score anew, on "
                         "the first run's prefixes and against its reference")
     parser.add_argument("--eval_prefixes", type=int, default=0, help="--score: test prefixes (as many as the run had)")
@@ -548,10 +550,11 @@ if __name__ == "__main__":
     for folder in folders:
         folder = os.path.normpath(folder)
         path = os.path.join(folder, "options.json")
-        if folder.endswith(".json"):
+        if folder.endswith((".json", ".json.gz")):
             path = folder
+        opener = gzip.open if path.endswith(".gz") else open
         try:
-            run = json.load(open(path, encoding="utf-8"))
+            run = json.load(opener(path, "rt", encoding="utf-8"))
             if isinstance(run, list):           # this script's own
                 for result in run:
                     if not {"label", "seed", "n", "evals", "curves", *SCORES} <= result.keys():

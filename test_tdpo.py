@@ -1511,8 +1511,8 @@ def test_sample_shows_and_measures(runs):
         assert all(r["kl"] > 0 for r in part) if name == "policy" else all("kl" not in r for r in part)
 
     # the tokens of a policy's responses, shaded: their text is the response, and their sums are what was measured
-    out = says(0, r"its response's logratio \(absolute values", "sample.py", "--model=tdpo2", "--num_prompts=2", "--show=logratio",
-               "--html=show.html", "--out=show.jsonl")
+    show = ["sample.py", "--model=tdpo2", "--num_prompts=2", "--out=show.jsonl"]
+    out = says(0, r"its response's logratio \(absolute values", *show, "--show=logratio", "--html=show.html")
     assert "\033[30;48;2;255,255,255m".replace(",", ";") in out
     page, shown = text_of(os.path.abspath("show.html")), lines_of("show.jsonl")
     paragraphs = [re.sub("<.*?>", "", x) for x in re.findall("<p>.*?</p>", page, re.S)]
@@ -1520,7 +1520,7 @@ def test_sample_shows_and_measures(runs):
         text = html.unescape(paragraph).removeprefix(row["model"] + " ").replace("<eos>", "")
         assert text.split(" [logratio ")[0].strip() == row["response"].strip()
         assert ("[logratio " in text) == (row["model"] == "policy")
-    out = says(0, "", "sample.py", "--model=tdpo2", "--num_prompts=2", "--show=kl", "--out=show.jsonl")
+    out = says(0, "", *show, "--show=kl")
     sums = [float(x) for x in re.findall(r"\[kl (\S+) nats\]", out)]
     assert sums == approx([row["kl"] for row in lines_of("show.jsonl")[2:]], abs=0.006)
 
@@ -1610,10 +1610,12 @@ def test_table_and_figure_come_from_logs_and_models_are_scored_anew(runs):
         texts = [x["prompt"] + x["response"] for x in samples]
         assert e["rewards"] == approx(eval_imdb.exact_reward(texts), abs=1e-3)
     assert os.path.exists("frontier.png") or "no figure was drawn" in out
-    again = says(0, "reward at", "eval_imdb.py", "--runs=frontier.json", *at_kl, "--out=again")
+    with gzip.open("frontier.json.gz", "wb") as f:
+        f.write(open("frontier.json", "rb").read())
+    again = says(0, "reward at", "eval_imdb.py", "--runs=frontier.json.gz", *at_kl, "--out=again")
     assert re.findall(r"^\|.*", out, re.M) == re.findall(r"^\|.*", again, re.M)
     says(2, "has no reward", "eval_imdb.py", "--runs=sft", "--out=again")
-    says(2, "the runs are called reference, tdpo2 α=0.5", "eval_imdb.py", "--runs=tdpo2", "--against=dpo", "--out=again")
+    says(2, "the runs are called reference, tdpo2 α=0.5", "eval_imdb.py", "--runs=tdpo2", "--against=dpo", "--out=no")
 
     # the same run once more is no second seed, and what would mislead has no line of the others'
     shutil.copytree("tdpo2", "twice")
@@ -2171,8 +2173,9 @@ echo "saved $d | next: python"
 
 def test_the_loops_of_the_results_run_again_what_has_not_finished(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, value in (("PATH", f"{tmp_path}/bin:{os.environ['PATH']}"), ("MODEL", "model"), ("JUDGE", "judge"), ("TEXTS", "x")):
-        monkeypatch.setenv(name, value)
+    for name in ("MODEL", "JUDGE", "TEXTS"):
+        monkeypatch.setenv(name, name.lower())
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     os.mkdir("bin")
     write_lines("bin/python", [STUB])
     os.chmod("bin/python", 0o755)

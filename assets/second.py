@@ -1,12 +1,13 @@
 """A second opinion on the IMDb reward: TF-IDF of words and pairs of words with logistic regression, fitted to beginnings of
 IMDb's training reviews, on the very samples that the first classifier has scored.
 
-    python assets/second.py imdb.parquet assets/imdb.json assets/second.json
+    python assets/second.py imdb.parquet assets/imdb.json.gz out/second.json
 
-imdb.parquet has text, label (1 is positive) and split. second.json is imdb.json with the other rewards; the samples are
-read from the runs that imdb.json names.
+imdb.parquet has text, label (1 is positive) and split. second.json is imdb.json.gz with the other rewards; the samples are
+read from the runs that it names.
 """
 import collections
+import gzip
 import json
 import os
 import re
@@ -81,7 +82,7 @@ accuracy = ((positive(x) > 0.5) == (y > 0.5)).float().mean()
 print(f"{len(index)} terms; accuracy {accuracy:.4f} on the first {WORDS} words of {len(y)} test reviews")
 
 # the samples of every evaluation
-results = json.load(open(results_file, encoding="utf-8"))
+results = json.load(gzip.open(results_file, "rt", encoding="utf-8"))
 agreement = []
 for run in results:
     for e in run["evals"]:
