@@ -2212,6 +2212,12 @@ def test_the_loops_of_the_results_run_again_what_has_not_finished(tmp_path, monk
 
 def test_tables_are_those_of_the_data():
     results, readme = text_of("assets/RESULTS.md"), text_of("README.md")
+    with gzip.open(os.path.join(HERE, "assets/reviews.json.gz"), "rt", encoding="utf-8") as f:
+        study = json.load(f)
+    levels = [0.3, 0.75, 1, 2]
+    tables = [eval_imdb.table(study, levels)]
+    tables += [eval_imdb.differences(study, levels, against) for against in ("dpo", "dpo β=1")]
+    assert all("\n".join(lines) in results for lines in tables)
     for name in ("reviews", "imdb"):
         assert "\n".join(eval_imdb.table(json.loads(text_of(f"assets/{name}.json")), [])) in results
     for r in json.loads(text_of("assets/hh.json")):
