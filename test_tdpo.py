@@ -2230,6 +2230,14 @@ def test_tables_are_those_of_the_data():
     assert len(cells) > 5 and all(cell in results for cell in cells)
 
 
+def test_the_rows_of_a_table_have_equally_many_cells():
+    for name in ("README.md", "assets/RESULTS.md"):
+        blocks = re.findall(r"(?:^\|.*\n)+", re.sub(r"```.*?```", "", text_of(name), flags=re.S), re.M)
+        assert len(blocks) > 5
+        for block in blocks:
+            assert len({row.replace("\\|", "").count("|") for row in block.splitlines()}) == 1, block
+
+
 def test_readme_is_for_a_person_and_names_options_that_exist():
     readme = text_of("README.md")
     source = "".join(text_of(name) for name in ("sample.py", "eval_imdb.py", "test_tdpo.py"))

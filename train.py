@@ -1535,8 +1535,8 @@ if __name__ == "__main__":
         try:
             draw_log(out_dir)
             print(f"wrote {os.path.join(out_dir, 'log.png')}")
-        except ImportError:
-            print("matplotlib is not installed, so there is no log.png")
+        except Exception as error:      # no matplotlib, a backend or font that fails: the run is saved all the same
+            print(f"note: there is no log.png: {error}")
     follow = f"sample.py --model={out_dir}"
     if sft:
         # the embedded task gives its SFT model another name

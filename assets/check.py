@@ -39,10 +39,10 @@ for folder in sys.argv[1:]:
         judge = pipeline("text-classification", options["reward"], dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     policy, reference = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-                         for path in (folder, options["init_from"])]
+                         for path in (folder, options["ref_from"] or options["init_from"])]
     steps = [int(name.split(".")[0]) for name in os.listdir(os.path.join(folder, "evals"))]
     lines = open(os.path.join(folder, "evals", f"{max(steps)}.jsonl"), encoding="utf-8").read().splitlines()
-    for line in lines[:: len(lines) // 5][:5]:
+    for line in lines[:: max(1, len(lines) // 5)][:5]:
         row = json.loads(line)
         ids = tokenizer(row["prompt"])["input_ids"]
         found = {"reward": reward_of(row["prompt"] + row["response"], judge), "kl": 0.0, "rkl": 0.0, "entropy": 0.0}

@@ -43,6 +43,8 @@ texts_file, results_file, out = sys.argv[1:]
 table = load_dataset("parquet", data_files=texts_file, split="train").to_dict()
 reviews = {"train": [], "test": []}
 for text, label, split in zip(table["text"], table["label"], table["split"]):
+    if split not in reviews:            # IMDb's unlabelled ones
+        continue
     text = re.sub(r"<br\s*/?>", " ", text).split()
     # of a training review two stretches
     for begin in (0, WORDS) if split == "train" else (0,):
