@@ -7,11 +7,13 @@
 Both take the same path; only texts, SFT model and reward differ (paper, Section 5.1; Rafailov et al. 2023, App. C.1).
 """
 import argparse
+import functools
 import glob
 import gzip
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -336,16 +338,22 @@ def from_log(folder, run, label):
     """(start, end): what table and figure need of a run, from its evaluations and its training pairs' KLs."""
     # evaluations with samples
     log = read_log(folder)
-    evals = []
+    evals, paired_by = [], None
     for record in log:
         if "eval_reward" in record:
-            values = {name.removeprefix("eval_"): round(value, 5) for name, value in record.items()}
+            values = {"step": record["step"], "n": record["eval_n"]}
+            for name in SCORES:
+                values[name] = round(record["eval_" + name], 5)
+                values[name + "_se"] = round(record[f"eval_{name}_se"], 5)
             # each sample's, which pair runs by prefix
             path = os.path.join(folder, "evals", f"{record['step']}.jsonl")
             if os.path.exists(path):
                 samples = [json.loads(line) for line in open(path, encoding="utf-8")]
                 values["rewards"] = [round(sample["reward"], 3) for sample in samples]
-                values["rkls"] = [round(sample["rkl"], 3) for sample in samples]
+                values["rkls"] = [round(sample["rkl"], 2) for sample in samples]
+                reference = os.path.basename(run["ref_from"] or run["init_from"])
+                paired_by = json.dumps([[sample["prompt"] for sample in samples], run["reward"], reference])
+                paired_by = hashlib.sha256(paired_by.encode()).hexdigest()[:12]
             evals.append(values)
     if len(evals) < 2:
         sys.exit(f"error: {folder} has logged no evaluation after its first")
@@ -361,9 +369,12 @@ def from_log(folder, run, label):
             point[name] = round(float(mean), 4)
         curves.append(point)
 
-    own = {"run": folder, "label": label, "seed": run["seed"], "evals": evals, "curves": curves}
-    first, last = [{name: x for name, x in e.items() if name not in ("rewards", "rkls")} for e in (evals[0], evals[-1])]
-    return {**first, **own, "run": run["init_from"], "label": "reference", "evals": [], "curves": []}, {**last, **own}
+    # the scores of the first evaluation are the reference's
+    start = {"run": run["init_from"], "label": "reference", "seed": run["seed"], "evals": [], "curves": []}
+    end = {"run": folder, "label": label, "seed": run["seed"], "pair": paired_by, "evals": evals, "curves": curves}
+    for result, values in ((start, evals[0]), (end, evals[-1])):
+        result.update({name: x for name, x in values.items() if name not in ("rewards", "rkls")})
+    return start, end
 
 
 def interval(values, errors):
@@ -390,20 +401,26 @@ def reward_at(kls, rewards, level):
     return found
 
 
+@functools.lru_cache
+def drawn_prefixes(n, draws):
+    """How often each of n prefixes is in a draw of n of them (draws + 1, n); in the first draw each is once."""
+    rng = np.random.default_rng(n)
+    return np.vstack([np.ones(n), rng.multinomial(n, np.full(n, 1 / n), draws)])
+
+
 def compare(runs, others, level, draws=2000):
-    """(mean, low, high, seeds): the reward of runs at KL(policy || ref) = level, less that of others, {seed: run} or
-    None, over the seeds where it is reached; low and high: the 95 % interval of a bootstrap that draws seeds and, for
-    each, prefixes, the same for both runs. None where it is never reached, or samples were not kept."""
-    rng = np.random.default_rng(0)
+    """(mean, low, high, t, reached): the mean over runs of the reward at KL(policy || ref) = level, less that of the
+    run in others, {pair: run} or None, with the same prefixes, reward and reference. low and high: the 95 % interval of a
+    bootstrap that draws seeds and, for each, prefixes, the same for both runs; t: half of Student's over the seeds,
+    which is the wider one where seeds differ. All are NaN but where all runs reach the level."""
     found = []
     for run in runs:
         pair = [run]
         if others is not None:
-            pair.append(others.get(run["seed"], {"evals": []}))
+            pair.append(others.get(run.get("pair"), {"evals": []}))
         if not all(r["evals"] and all("rewards" in e for e in r["evals"]) for r in pair):
             continue
-        # row 0 counts every prefix once, the others are drawn
-        counts = np.vstack([np.ones(run["n"]), rng.multinomial(run["n"], np.full(run["n"], 1 / run["n"]), draws)])
+        counts = drawn_prefixes(run["n"], draws)
         curves = []
         for r in pair:
             kls = counts @ np.array([e["rkls"] for e in r["evals"]]).T / run["n"]
@@ -414,16 +431,22 @@ def compare(runs, others, level, draws=2000):
             difference = curves[0] - curves[1]
         if np.isfinite(difference[0]):
             found.append(difference)
-    if not found:
-        return None
 
-    # seeds, and for each of them a draw of its prefixes
+    # those that come as far are the ones that move fast: no mean of a part, nor where many draws fall short
+    n = len(found)
+    if n < len(runs) or np.isfinite(found).mean() < 0.95:
+        return math.nan, math.nan, math.nan, math.nan, n
+    # seeds, and for each a draw of its prefixes, independent of the others
     found = np.stack(found)
-    seeds = rng.integers(len(found), size=(draws, len(found)))
+    rng = np.random.default_rng(0)
+    seeds = rng.integers(n, size=(draws, n))
     drawn = found[seeds, rng.integers(1, draws + 1, size=seeds.shape)]
     drawn = drawn[np.isfinite(drawn).any(axis=1)]
     low, high = np.percentile(np.nanmean(drawn, axis=1), (2.5, 97.5))
-    return float(found[:, 0].mean()), float(low), float(high), len(found)
+    t = math.nan
+    if n > 1:
+        t = T975[min(n - 2, len(T975) - 1)] * np.std(found[:, 0], ddof=1) / n**0.5
+    return float(found[:, 0].mean()), float(low), float(high), float(t), n
 
 
 def by_label(results):
@@ -456,7 +479,7 @@ def table(results, levels):
 def differences(results, levels, against):
     """The same of rewards at equal KL, less those of the runs labelled against, of the same seed and prefixes."""
     groups = by_label(results)
-    others = {run["seed"]: run for run in groups[against]}
+    others = {run.get("pair"): run for run in groups[against]}
     head = ["method"] + [f"less {against} at KL {level:g}" for level in levels]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for label, runs in groups.items():
@@ -467,14 +490,13 @@ def differences(results, levels, against):
 
 
 def compared(runs, others, level):
-    """A cell of what `compare` finds; a count of seeds where not all of them come as far."""
-    found = compare(runs, others, level)
-    if found is None:
-        return "–"
-    mean, low, high, seeds = found
+    """A cell of what `compare` finds, or how many of the runs come as far."""
+    mean, low, high, t, reached = compare(runs, others, level)
+    if math.isnan(mean):
+        return f"– ({reached} of {len(runs)})" if reached else "–"
     cell = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
-    if seeds < len(runs):
-        cell += f" ({seeds} of {len(runs)})"
+    if reached > 1:
+        cell += f" ± {t:.3f}"
     return cell
 
 
@@ -547,8 +569,7 @@ if __name__ == "__main__":
     folders = []
     for part in args.runs.split(","):
         folders += sorted(glob.glob(part)) or [part]
-    for folder in folders:
-        folder = os.path.normpath(folder)
+    for folder in dict.fromkeys(map(os.path.normpath, folders)):
         path = os.path.join(folder, "options.json")
         if folder.endswith((".json", ".json.gz")):
             path = folder
@@ -569,8 +590,6 @@ if __name__ == "__main__":
             parser.error(f"{folder} has no reward: it trained {run['method']} on {run['data']}")
         first = first or run
 
-        # a line's name; a run that differs in more than its seed, or not even in that, has that of its directory,
-        # without a seed in front
         label = run["method"]
         if run["method"] == "tdpo2":
             label += f" α={run['alpha']:g}"
@@ -578,12 +597,21 @@ if __name__ == "__main__":
             label += f" β={run['beta']:g}"
         start, policy = from_log(folder, run, label)
         setting = {name: value for name, value in run.items() if name not in own}
-        # the embedded task has a model of its own for each seed
-        setting["init_from"] = run["init_from"].removesuffix(f"-{run['seed']}")
+        # each seed may have a model of its own: reviews-sft-1, 1-sft
+        setting["init_from"] = re.sub(rf"-{run['seed']}$|\b{run['seed']}-(?=[^/]*$)", "", run["init_from"])
         setting["step"] = policy["step"]
-        again = any(r["label"] == label and r["seed"] == run["seed"] for r in policies)
-        if again or settings.setdefault(label, setting) != setting:
-            policy["label"] = os.path.join(os.path.dirname(folder), re.sub(r"^\d+-", "", os.path.basename(folder)))
+        # an edited objective is another one
+        objective = os.path.join(folder, "tdpo.py")
+        if os.path.exists(objective):
+            setting["objective"] = open(objective, encoding="utf-8").read()
+
+        # a line's name: the method's, its directory's without a seed in front, or the directory; the first under which
+        # all runs differ in nothing but their seed
+        for name in (label, re.sub(r"^\d+-", "", os.path.basename(folder)), folder):
+            policy["label"] = name
+            again = any(r["label"] == name and r["seed"] == run["seed"] for r in policies)
+            if not again and settings.setdefault(name, setting) == setting:
+                break
 
         # at step 0 a policy is its reference, but where that was given
         origin = [setting[name] for name in ("data", "init_from", "reward", "texts")]
@@ -595,6 +623,13 @@ if __name__ == "__main__":
 
     # one reference for each seed
     results = [*references.values(), *policies]
+    labels = by_label(policies)
+    for against in args.against:
+        if against not in labels:
+            parser.error(f"--against={against}: the runs are called {', '.join(labels)}")
+    for r in policies:
+        if not all("rewards" in e for e in r["evals"]):
+            print(f"note: {r['run']} has not kept the samples of all evaluations, so it is not compared at equal KL")
 
     # checkpoints anew, also those that were trained elsewhere
     scored = {path: load_model(path, args.device) for path in args.score.split(",") if path}
@@ -612,17 +647,13 @@ if __name__ == "__main__":
         pair = {"reference": ref, "policy": model}
         show_completions(pair, tokenizer, prefixes[:3], reward, first["max_new_tokens"], args.seed)
 
-    for against in args.against:
-        if against not in by_label(results):
-            parser.error(f"--against={against}: the runs are called {', '.join(by_label(results))}")
-
     # the numbers, a table of them, a figure
     lines = [json.dumps(result, ensure_ascii=False) for result in results]
     with open(args.out + ".json", "w", encoding="utf-8") as f:
         f.write("[" + ",\n".join(lines) + "]\n")
     print("\n" + "\n".join(table(results, args.at_kl)))
-    print("\nmean ± half of a 95 % interval, over seeds or, where wider, over samples; [] is that of a bootstrap over "
-          "seeds and prefixes; KLs are sums over a response, entropy a mean over its tokens, in nats")
+    print("\nmean ± half of a 95 % interval, over seeds or, where wider, over samples; at a KL [] is that of a bootstrap "
+          "over seeds and prefixes, ± over seeds; KLs are sums over a response, entropy a mean over its tokens, in nats")
     for against in args.against:
         print("\n" + "\n".join(differences(results, args.at_kl, against)))
     print(f"\nwrote {args.out}.json")

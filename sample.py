@@ -59,13 +59,13 @@ def parse(parser, argv=None):
     return options
 
 
-def writable(parser, path):
+def writable(parser, path, option="--out"):
     """The path, if a file can be written there: an error before the work, not after it."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         open(path, "a").close()
     except (OSError, ValueError) as error:
-        parser.error(f"{path} cannot be written ({error}); name another --out")
+        parser.error(f"{path} cannot be written ({error}); name another {option}")
     return path
 
 
@@ -495,15 +495,22 @@ def paint(text, share, page, title=""):
     red, green, blue = [round(255 + depth * (x - 255)) for x in strong]
     if page:
         return f'<span style="background: rgb({red},{green},{blue})" title="{title}">{html.escape(text)}</span>'
-    text = text.replace("\n", "\\n")
+    # nothing that a model writes moves the terminal's cursor
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return f"\033[30;48;2;{red};{green};{blue}m{text}\033[0m"
 
 
 def shaded(texts, values, name, page):
     """A response's tokens, each on the color of its share of sum(|values|), and the sum of values, in nats."""
     whole = max(np.abs(values).sum(), 1e-9)
-    painted = [paint(text, x / whole, page, f"{x:.3f} nats") for text, x in zip(texts, values)]
-    return "".join(painted) + f" [{name} {values.sum():.2f} nats]"
+    painted, value = "", 0.0
+    for text, x in zip(texts, values):
+        # tokens that show nothing count with the character that they begin
+        value += x
+        if text:
+            painted += paint(text, value / whole, page, f"{value:.3f} nats")
+            value = 0.0
+    return painted + f" [{name} {values.sum():.2f} nats]"
 
 
 # -----------------------------------------------------------------------------
@@ -667,8 +674,10 @@ if __name__ == "__main__":
         if fails:
             parser.error(message)
     args.out = writable(parser, args.out or os.path.join(folder, "samples.jsonl"))
+    if args.html and os.path.realpath(args.html) == os.path.realpath(args.out):
+        parser.error("--html and --out name the same file")
     if args.html:
-        writable(parser, args.html)
+        writable(parser, args.html, "--html")
 
     # prompts, and the model
     if args.prompt:

@@ -908,8 +908,8 @@ def load_state(folder):
 
 
 def start_log(folder, options, step, resume):
-    """The open log of a run, and its options.json. A resumed log keeps its lines up to the step; a new run removes the
-    checkpoint of the one that it replaces, so none ever lies beside another run's log."""
+    """The open log of a run, its options.json and its objective, a copy of tdpo.py. A resumed log keeps its lines up to
+    the step; a new run removes the checkpoint of the one that it replaces, so none ever lies beside another's log."""
     log = ""
     if resume:
         for record in eval_imdb.read_log(folder, step):
@@ -921,8 +921,10 @@ def start_log(folder, options, step, resume):
                     shutil.rmtree(path)
                 else:
                     os.remove(path)
+    with open(os.path.join(os.path.dirname(__file__), "tdpo.py"), encoding="utf-8") as f:
+        objective = f.read()
     # a kill leaves the old ones or the new ones, never a part
-    for name, text in (("options.json", json.dumps(options, indent=1)), ("log.jsonl", log)):
+    for name, text in (("tdpo.py", objective), ("options.json", json.dumps(options, indent=1)), ("log.jsonl", log)):
         path = os.path.join(folder, name)
         with open(path + ".new", "w", encoding="utf-8") as f:
             f.write(text)
@@ -939,7 +941,7 @@ PANELS = {
 
 
 def draw_log(folder):
-    """log.png: what a run has logged, over its steps, as far as it has it. ImportError: there is no matplotlib."""
+    """log.png: what a run has logged, over its steps, as far as it has it. It takes matplotlib."""
     import matplotlib
     matplotlib.use("Agg")                   # to a file, no window
     import matplotlib.pyplot as plt
@@ -1245,6 +1247,7 @@ if __name__ == "__main__":
         attention = choose_attention(models, [examples[0], probe], attention)
     if device == "cuda" and attention == "pairs":       # it was looked at on the CPU
         attention = "flex"
+
     if device != "cuda":
         # the process has these already, and libraries and what came before besides
         needed += peak_gib("cpu") * 2**30 - needs["weights"] - needs["reference"]

@@ -54,5 +54,7 @@ for folder in sys.argv[1:]:
             ids = ids + [token]
         for name, x in found.items():
             worst[name] = max(worst[name], abs(x - row[name]) / max(1, abs(x)))
+        # the text that was scored is that of these tokens
+        assert row["response"] in tokenizer.decode(ids, skip_special_tokens=True), row
         print(folder, {name: (round(x, 4), row[name]) for name, x in found.items()})
 print("largest differences, of 1 or of the value where it is more:", {name: f"{x:.1e}" for name, x in worst.items()})

@@ -27,7 +27,7 @@ methods() {
     echo tdpo1
     for alpha in $2; do echo "tdpo2 --alpha=$alpha"; done
 }
-# edited NAME FILE-LINE PATTERN LINE: the programs in out/NAME, with one line of tdpo.py replaced
+# edited NAME BEGINNING LINE: a copy of the programs in out/edited/NAME, LINE in place of tdpo.py's with this beginning
 edited() {
     mkdir -p out/edited/$1
     cp *.py out/edited/$1
@@ -62,13 +62,13 @@ if [ $1 = reviews ]; then
     done | each
 else
     mkdir -p out/imdb
-    imdb="--data=imdb --texts=${TEXTS:?a table of reviews} --dtype=bfloat16 --max_new_tokens=32 --eval_pairs=64"
+    imdb="--data=imdb --texts=${TEXTS:?a table of reviews} --dtype=bfloat16 --learning_rate=2e-5 --eval_pairs=64"
     for s in ${SEEDS:-1 2 3}; do
-        run train.py out/imdb/$s-sft --seed=$s --method=sft --data=imdb --texts=$TEXTS --dtype=bfloat16 \
-            --init_from=${MODEL:?the directory of SmolLM2-135M-Instruct} --optimizer=adamw --learning_rate=2e-5 \
-            --warmup_steps=10 --batch_size=24 --max_length=80 --max_steps=110 --eval_interval=55 --eval_pairs=64
+        run train.py out/imdb/$s-sft --seed=$s --method=sft $imdb \
+            --init_from=${MODEL:?the directory of SmolLM2-135M-Instruct} --optimizer=adamw \
+            --warmup_steps=10 --batch_size=24 --max_length=80 --max_steps=110 --eval_interval=55
         pairs="--init_from=out/imdb/$s-sft --reward=${JUDGE:?the directory of a sentiment classifier} --seed=$s"
-        pairs="$pairs --train_prefixes=600 --eval_prefixes=600 --min_score_gap=0.3 --learning_rate=2e-5"
+        pairs="$pairs --train_prefixes=600 --eval_prefixes=600 --min_score_gap=0.3 --max_new_tokens=32"
         pairs="$pairs --warmup_steps=20 --batch_size=16 --max_steps=60 --eval_interval=10 --save_interval=30"
         # the first run makes the seed's pairs
         run train.py out/imdb/$s-dpo-beta=0.1 --method=dpo --beta=0.1 $imdb $pairs
