@@ -410,9 +410,9 @@ def drawn_prefixes(n, draws):
 
 def compare(runs, others, level, draws=2000):
     """(mean, low, high, t, reached): the mean over runs of the reward at KL(policy || ref) = level, less that of the
-    run in others, {pair: run} or None, with the same prefixes, reward and reference. low and high: the 95 % interval of a
-    bootstrap that draws seeds and, for each, prefixes, the same for both runs; t: half of Student's over the seeds,
-    which is the wider one where seeds differ. All are NaN but where all runs reach the level."""
+    run in others, {pair: run} or None, with the same prefixes, reward and reference. low and high: the 95 % interval
+    of a bootstrap that draws seeds and, for each, prefixes, the same for both runs; t: half of Student's over the
+    seeds, the wider one where seeds differ. All are NaN but where all runs reach the level."""
     found = []
     for run in runs:
         pair = [run]
@@ -652,8 +652,8 @@ if __name__ == "__main__":
     with open(args.out + ".json", "w", encoding="utf-8") as f:
         f.write("[" + ",\n".join(lines) + "]\n")
     print("\n" + "\n".join(table(results, args.at_kl)))
-    print("\nmean ± half of a 95 % interval, over seeds or, where wider, over samples; at a KL [] is that of a bootstrap "
-          "over seeds and prefixes, ± over seeds; KLs are sums over a response, entropy a mean over its tokens, in nats")
+    print("\nmean ± half of a 95 % interval, over seeds or, where wider, over samples; at a KL [] is of a bootstrap "
+          "over seeds and prefixes, ± over seeds; nats, KLs summed over a response, entropy a mean over its tokens")
     for against in args.against:
         print("\n" + "\n".join(differences(results, args.at_kl, against)))
     print(f"\nwrote {args.out}.json")
