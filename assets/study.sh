@@ -23,9 +23,9 @@ export -f run
 each() { OMP_NUM_THREADS=1 xargs -P 2 -L 1 bash -c 'run $0 "$@"'; }
 # methods: DPO with its own knob for the KL, TDPO1, and TDPO2, by --beta and --alpha
 methods() {
+    for alpha in $2; do echo "tdpo2 --alpha=$alpha"; done
     for beta in $1; do echo "dpo --beta=$beta"; done
     echo tdpo1
-    for alpha in $2; do echo "tdpo2 --alpha=$alpha"; done
 }
 # edited NAME BEGINNING LINE: a copy of the programs in out/edited/NAME, LINE in place of tdpo.py's with this beginning
 edited() {
@@ -62,17 +62,16 @@ if [ $1 = reviews ]; then
     done | each
 else
     mkdir -p out/imdb
-    imdb="--data=imdb --texts=${TEXTS:?a table of reviews} --dtype=bfloat16 --learning_rate=2e-5 --eval_pairs=64"
+    imdb="--data=imdb --texts=${TEXTS:?a table of reviews} --dtype=float32 --learning_rate=2e-5 --eval_pairs=64"
     for s in ${SEEDS:-1 2 3}; do
         run train.py out/imdb/$s-sft --seed=$s --method=sft $imdb \
             --init_from=${MODEL:?the directory of SmolLM2-135M-Instruct} --optimizer=adamw \
-            --warmup_steps=10 --batch_size=24 --max_length=80 --max_steps=110 --eval_interval=55
+            --warmup_steps=10 --batch_size=24 --max_length=80 --max_steps=60 --eval_interval=60
         pairs="--init_from=out/imdb/$s-sft --reward=${JUDGE:?the directory of a sentiment classifier} --seed=$s"
-        pairs="$pairs --train_prefixes=600 --eval_prefixes=600 --min_score_gap=0.3 --max_new_tokens=32"
-        pairs="$pairs --warmup_steps=20 --batch_size=16 --max_steps=60 --eval_interval=10 --save_interval=30"
-        # the first run makes the seed's pairs
-        run train.py out/imdb/$s-dpo-beta=0.1 --method=dpo --beta=0.1 $imdb $pairs
-        methods "0.3 1" "0.5 1" | while read m; do
+        pairs="$pairs --train_prefixes=400 --eval_prefixes=600 --min_score_gap=0.3 --max_new_tokens=24"
+        pairs="$pairs --warmup_steps=20 --batch_size=16 --max_steps=40 --eval_interval=10 --save_interval=20"
+        # the first two make the seed's pairs, the same ones; what moves fast comes last
+        methods "1 0.3 0.1" "0.5 1" | while read m; do
             echo train.py out/imdb/$s-${m/ --/-} --method=$m $imdb $pairs
         done | each
     done
