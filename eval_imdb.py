@@ -563,8 +563,8 @@ if __name__ == "__main__":
     # the runs' logs; the options tell runs of one label that differ in more than their seed
     policies, references, settings = [], {}, {}
     first = None
-    own = ("seed", "out_dir", "resume", "overwrite", "device", "compile", "micro_tokens", "wandb_log", "log_interval",
-           "max_steps")
+    own = ("seed", "out_dir", "resume", "overwrite", "device", "compile", "micro_tokens", "checkpoint_activations",
+           "wandb_log", "log_interval", "max_steps")
     # a pattern is several
     folders = []
     for part in args.runs.split(","):

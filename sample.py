@@ -355,7 +355,8 @@ def generate(model, tokenizer, prompts, max_new_tokens, num_samples=1, temperatu
     kind = model.device.type
     gpus = [model.device] if kind == "cuda" else []
     bar = tqdm(total=len(order), desc="sampling", leave=False, disable=None)
-    with torch.random.fork_rng(gpus), torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+    low = kind == "cuda" or torch.is_autocast_enabled(kind)
+    with torch.random.fork_rng(gpus), torch.autocast(kind, torch.bfloat16, enabled=low):
         torch.manual_seed(seed)
         while order:
             # a batch of prompts, padded on the left

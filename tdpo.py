@@ -126,7 +126,7 @@ def _carried(beta, alpha, method, device):
     """The statistics that the objective differentiates, as a made-up pair tells: no gradient of others is carried."""
     probe = TokenStats(*torch.ones(4, 2, device=device, requires_grad=True).unbind())
     token = torch.arange(2, device=device)
-    losses, _ = _pair_losses(probe, token, token, 2, [1], [0], beta, alpha, method)
+    losses, _ = _pair_losses(probe, token, token, 2, slice(1, 2), slice(0, 1), beta, alpha, method)
     grads = zip(TokenStats._fields, torch.autograd.grad(losses.sum(), probe, allow_unused=True))
     return tuple(name for name, grad in grads if grad is not None)
 

@@ -22,6 +22,7 @@ if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
 
 import argparse
 import collections
+import contextlib
 import copy
 import datetime
 import fcntl
@@ -530,11 +531,12 @@ def show_examples(examples, tokenizer, count):
         print("{:8} {:7.0f} {:6.0f} {:6.0f} {:7.0f}".format(name, *np.percentile(lengths, (50, 90, 99, 100))))
 
 
-def fingerprint(examples, model):
-    """A short hash of examples (token ids) and of a model's weights (every thousandth)."""
+def fingerprint(examples, *models):
+    """A short hash of examples (token ids) and of the models' weights (every thousandth)."""
     digest = hashlib.sha256(repr(examples).encode())
-    for p in model.parameters():
-        digest.update(p.detach().flatten()[::1000].contiguous().float().cpu().numpy())
+    for model in models:
+        for p in model.parameters():
+            digest.update(p.detach().flatten()[::1000].contiguous().float().cpu().numpy())
     return digest.hexdigest()[:16]
 
 
@@ -989,7 +991,7 @@ def preference_metrics(stats):
 
 
 def memory_needs(model, ref, examples, attention, low, adamw, checkpointed, world=1):
-    """(bytes that a training step will take in one of world processes, {what: bytes} of all), before it takes them.
+    """(bytes that a training step will take in one of world processes, {what: bytes}), before it takes them.
 
     examples: a row's. ref: None for SFT. low: under bf16 autocast. Activations are what a forward pass keeps for its
     backward: it is run on tensors without data."""
@@ -1010,6 +1012,7 @@ def memory_needs(model, ref, examples, attention, low, adamw, checkpointed, worl
             if x.untyped_storage()._cdata not in params:
                 kept[x.untyped_storage()._cdata] = x.untyped_storage()
             return x
+        # it logs what it cannot run, which is no news to anybody
         logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
         for how in (attention, "mask"):
             batch = collate(examples, attention=how.replace("flex", "mask"))
@@ -1027,9 +1030,8 @@ def memory_needs(model, ref, examples, attention, low, adamw, checkpointed, worl
         page = 1 if attention == "flex" else 2**21
         activations = 0
         for x in kept.values():
-            activations += x.nbytes()
-            if x.nbytes() >= page:
-                activations += -x.nbytes() % page
+            n = x.nbytes()
+            activations += math.ceil(n / page) * page if n >= page else n
     # the inputs of all blocks, and one block at a time
     if checkpointed and kept:
         blocks = len(blocks_of(model))
@@ -1045,9 +1047,29 @@ def memory_needs(model, ref, examples, attention, low, adamw, checkpointed, worl
     rows = CHUNK_ROWS if attention == "flex" else CHUNK_ROWS // 8
     needs["loss"] = 3 * 4 * min(rows, len(batch["labels"])) * len(output) + 8 * output.numel() * output.requires_grad
     needs["loss"] += 4 * output.numel() * low
-    # what stays, spread over the processes; and what comes and goes, in a pass or in the optimizer's step
-    stays = sum(needs[name] for name in ("weights", "gradients", "optimizer", "reference"))
-    return stays / world + max(needs["activations"] + needs["loss"], trained / world), needs
+    # what stays is spread over the processes; the rest comes and goes, in a pass or in the optimizer's step
+    stays = 0
+    for name in ("weights", "gradients", "optimizer", "reference"):
+        needs[name] /= world
+        stays += needs[name]
+    return stays + max(needs["activations"] + needs["loss"], trained / world), needs
+
+
+def too_large(needed, there, run, most):
+    """What to say where a step that takes so many bytes cannot fit the GPU, or "": a sentence with the options that
+    would help. most: tokens of the largest pair, which a pass takes at least."""
+    # on CPUs the estimate was within 15 % of what was measured
+    if 0.85 * needed <= there:
+        return ""
+    helps = []
+    if not run["checkpoint_activations"]:
+        helps.append("--checkpoint_activations=True")
+    if run["micro_tokens"] > most:
+        helps.append("a smaller --micro_tokens")
+    if not run["lora_rank"]:
+        helps += ["--lora_rank=16", "more processes"]
+    return (f"a step takes about {needed / 2**30:.1f} GiB, and the GPU has {there / 2**30:.1f}; what takes less: "
+            + ", ".join(helps + ["a smaller model"]))
 
 
 def peak_gib(device):
@@ -1208,6 +1230,9 @@ if __name__ == "__main__":
     elif not sft and dtype == "bfloat16":
         adapt(ref, 0, low=True)
 
+    if checkpoint_activations and not blocks_of(model):
+        sys.exit(f"error: --checkpoint_activations=True: {type(model).__name__} names no blocks; leave it out")
+
     # does it fit, the fullest row of the longest examples?
     sizes = [size(example) for example in examples]
     most = max(sizes + [size(example) for example in held_out])
@@ -1225,10 +1250,9 @@ if __name__ == "__main__":
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if device == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory
-        if needed > there:
-            sys.exit(f"error: a step takes about {needed / 2**30:.1f} GiB ({shares}), and the GPU has "
-                     f"{there / 2**30:.1f}. --checkpoint_activations=True and a smaller --micro_tokens take less for "
-                     "activations, --lora_rank=16 for gradients, optimizer and reference, more processes for all")
+        message = too_large(needed, there, {**options, "micro_tokens": micro_tokens}, most)
+        if message:
+            sys.exit(f"error: {message} ({shares})")
 
     if world == 1:
         place = device
@@ -1249,14 +1273,17 @@ if __name__ == "__main__":
         attention = "flex"
 
     if device != "cuda":
-        # the process has these already, and libraries and what came before besides
-        needed += peak_gib("cpu") * 2**30 - needs["weights"] - needs["reference"]
+        # the process has these already, whole, and libraries and what came before besides
+        needed += peak_gib("cpu") * 2**30 - world * (needs["weights"] + needs["reference"])
     print(f"memory: about {needed / 2**30:.2f} of {there / 2**30:.1f} GiB ({shares})", flush=True)
     if not needs["activations"]:
         print("note: that is without activations, which this model's layers do not tell before they have data")
 
-    # a resumed run has to find the same data and reference again
-    digest, step = fingerprint([*examples, *held_out], model if sft else ref), 0
+    # a resumed run has to find the same data and reference again, and what its adapters were put on
+    stands_on = [] if sft else [ref]
+    if sft or lora_rank:
+        stands_on.append(model)
+    digest, step = fingerprint([*examples, *held_out], *stands_on), 0
     origin = {"fingerprint": digest, "started": started}
     if resume:
         step = state["step"]
@@ -1392,6 +1419,14 @@ if __name__ == "__main__":
         if columns:
             print(f"{kind} {step:>{len(str(max_steps))}} | " + " | ".join(columns), flush=True)
 
+    @contextlib.contextmanager
+    def sampling():
+        """Uncompiled, as torch.compile would compile anew for every length of a prompt; and in bf16 where FSDP gathers
+        blocks so, which then take no fp32 states."""
+        low = torch.autocast(device, torch.bfloat16, enabled=world > 1 and dtype == "bfloat16")
+        with torch.compiler.set_stance("force_eager"), low:
+            yield
+
     @torch.no_grad()
     def evaluate(quick=False):
         """Log the metrics on what is held out and, in a task, the scores of fresh samples. The program ends where the
@@ -1416,9 +1451,9 @@ if __name__ == "__main__":
             print(f"warning: before the first step the KL from {ref_from or 'the reference'} is {found['kl_l']:.2g} "
                   "nats, not 0: its weights differ, or their dtype")
 
-        # a task's own measure; uncompiled, as torch.compile would compile anew for every length of a prompt
+        # a task's own measure
         if task and not sft:
-            with torch.compiler.set_stance("force_eager"):
+            with sampling():
                 scores, samples = eval_imdb.score_policy(model, ref, tokenizer, prefixes["test"], score,
                                                          max_new_tokens, seed)
             found.update(scores)
@@ -1527,7 +1562,7 @@ if __name__ == "__main__":
     # -------------------------------------------------------------------------
     # what came of it
     if task and not sft:
-        with torch.compiler.set_stance("force_eager"):
+        with sampling():
             eval_imdb.show_completions({"SFT": ref, method: model}, tokenizer, prefixes["test"][:3], score,
                                        max_new_tokens, seed)
     # the first steps warm up
