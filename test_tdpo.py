@@ -931,7 +931,7 @@ CARDS = {       # README's table: python test_tdpo.py fits
 
 def fits(name):
     """A row of the table: what fits a card, up to 95 % of it, at 8,192 tokens a pass; * with checkpointed activations.
-    The reference's layers are in bf16, as if the model's weights were numbers of bf16."""
+    The reference of a full run is in fp32, as after SFT."""
     cells, pair = {24: [], 48: [], 80: []}, ([1] * 170, [2] * 172, [3] * 172)
     for rank, what in ((0, "full"), (16, "LoRA")):
         with FakeTensorMode():
@@ -941,8 +941,6 @@ def fits(name):
                 train.adapt(model, rank, low=True)
             else:
                 ref = AutoModelForCausalLM.from_config(CARDS[name], dtype=torch.float32)
-                for layer in train.linear_layers(ref):
-                    layer.weight = torch.nn.Parameter(layer.weight.detach().bfloat16())
         for checkpointed, star in ((False, ""), (True, "*")):
             total, _ = train.memory_needs(model, ref, [pair] * 16, "flex", True, False, checkpointed)
             for size, cell in cells.items():
