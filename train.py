@@ -840,8 +840,8 @@ def total(x):
 
 
 def shard(model, device, compiled, low):
-    """Spread a model over all processes, block by block (FSDP2), each block compiled where asked; low: they gather
-    weights in bf16, and sum gradients in fp32."""
+    """Spread a model over all processes, block by block (FSDP2), each block compiled where asked; low: blocks gather
+    weights in bf16, the rest (embeddings, output layer) in fp32, and all sum gradients in fp32."""
     # blocks first: each gathers its own weights while it computes
     policy = MixedPrecisionPolicy()
     # a CPU's LayerNorm takes no bf16 weights
