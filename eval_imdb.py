@@ -7,6 +7,7 @@
 Both take the same path; only texts, SFT model and reward differ (paper, Section 5.1; Rafailov et al. 2023, App. C.1).
 """
 import argparse
+import ast
 import functools
 import glob
 import gzip
@@ -334,27 +335,52 @@ SCORES = ("reward", "sample_rkl", "sample_kl", "entropy")
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 
-def from_log(folder, run, label):
-    """(start, end): what table and figure need of a run, from its evaluations and its training pairs' KLs."""
+# what a run's line in a table does not depend on
+OWN = ("seed", "out_dir", "resume", "overwrite", "device", "compile", "micro_tokens", "checkpoint_activations",
+       "wandb_log", "log_interval", "max_steps")
+# what of tdpo.py makes the objective
+OBJECTIVE = ("sum_tokens", "margin", "preference_loss")
+
+
+def objective_of(folder):
+    """The code of the objective in a folder's tdpo.py, without its comments; "" where there is none."""
+    path = os.path.join(folder, "tdpo.py")
+    if not os.path.exists(path):
+        return ""
+    with open(path, encoding="utf-8") as f:
+        tree = ast.parse(f.read())
+    return "\n".join(ast.unparse(part) for part in tree.body if getattr(part, "name", None) in OBJECTIVE)
+
+
+def short_hash(*values):
+    """A short hash of values that json takes."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def from_log(folder, run):
+    """What table and figure need of a run with these options: its evaluations, its training pairs' KLs, its last
+    scores, and what tells which runs are its seeds (setting), have its reference (origin), began as it did (pair)."""
     # evaluations with samples
     log = read_log(folder)
-    evals, paired_by = [], None
+    evals, pair = [], None
     for record in log:
-        if "eval_reward" in record:
-            values = {"step": record["step"], "n": record["eval_n"]}
-            for name in SCORES:
-                values[name] = round(record["eval_" + name], 5)
-                values[name + "_se"] = round(record[f"eval_{name}_se"], 5)
-            # each sample's, which pair runs by prefix
-            path = os.path.join(folder, "evals", f"{record['step']}.jsonl")
-            if os.path.exists(path):
-                samples = [json.loads(line) for line in open(path, encoding="utf-8")]
-                values["rewards"] = [round(sample["reward"], 3) for sample in samples]
-                values["rkls"] = [round(sample["rkl"], 2) for sample in samples]
-                reference = os.path.basename(run["ref_from"] or run["init_from"])
-                paired_by = json.dumps([[sample["prompt"] for sample in samples], run["reward"], reference])
-                paired_by = hashlib.sha256(paired_by.encode()).hexdigest()[:12]
-            evals.append(values)
+        if "eval_reward" not in record:
+            continue
+        values = {"step": record["step"], "n": record["eval_n"]}
+        for name in SCORES:
+            values[name] = round(record["eval_" + name], 5)
+            values[name + "_se"] = round(record[f"eval_{name}_se"], 5)
+        # each sample's, which pair runs by prefix
+        path = os.path.join(folder, "evals", f"{record['step']}.jsonl")
+        if os.path.exists(path):
+            samples = [json.loads(line) for line in open(path, encoding="utf-8")]
+            values["rewards"] = [round(sample["reward"], 3) for sample in samples]
+            values["rkls"] = [round(sample["rkl"], 2) for sample in samples]
+            # the same prefixes, completed alike at the start: the same model, length and random numbers
+            if not evals:
+                pair = short_hash([[sample["prompt"], sample["tokens"]] for sample in samples],
+                              os.path.basename(run["reward"]))
+        evals.append(values)
     if len(evals) < 2:
         sys.exit(f"error: {folder} has logged no evaluation after its first")
 
@@ -369,12 +395,50 @@ def from_log(folder, run, label):
             point[name] = round(float(mean), 4)
         curves.append(point)
 
-    # the scores of the first evaluation are the reference's
-    start = {"run": run["init_from"], "label": "reference", "seed": run["seed"], "evals": [], "curves": []}
-    end = {"run": folder, "label": label, "seed": run["seed"], "pair": paired_by, "evals": evals, "curves": curves}
-    for result, values in ((start, evals[0]), (end, evals[-1])):
-        result.update({name: x for name, x in values.items() if name not in ("rewards", "rkls")})
-    return start, end
+    # each seed may have a model of its own: reviews-sft-1, 1-sft
+    shared = {name: value for name, value in run.items() if name not in OWN}
+    for name in ("init_from", "ref_from"):
+        shared[name] = re.sub(rf"-{run['seed']}$|(?<![^/]){run['seed']}-(?=[^/]*$)", "", run[name])
+    last = {name: x for name, x in evals[-1].items() if name not in ("rewards", "rkls")}
+    return {
+        "run": folder, "seed": run["seed"], **last, "pair": pair,
+        "setting": short_hash(shared, last["step"], objective_of(folder)),
+        "origin": short_hash(*[shared[name] for name in ("data", "init_from", "reward", "texts")]),
+        "evals": evals, "curves": curves,
+    }
+
+
+def label_of(policy, run, others):
+    """The name of a run's line: its method's, its directory's without a seed in front, or its directory; the first that
+    others have only where they are other seeds of the same."""
+    label = run["method"]
+    if run["method"] == "tdpo2":
+        label += f" α={run['alpha']:g}"
+    if run["beta"] != 0.1:
+        label += f" β={run['beta']:g}"
+    labels = [label, re.sub(r"^\d+-", "", os.path.basename(policy["run"])), policy["run"]]
+    # an edited objective is none of the paper's
+    if objective_of(policy["run"]) not in ("", objective_of(os.path.dirname(os.path.abspath(__file__)))):
+        labels.pop(0)
+    for label in labels:
+        same = [r for r in others if r["label"] == label]
+        if all(r.get("setting") == policy["setting"] and r["seed"] != run["seed"] for r in same):
+            break
+    return label
+
+
+def references(policies):
+    """What the policies began with, one for each seed: the scores of the first evaluation, where it is the reference's.
+    Those of another task or model have a line of their own."""
+    found, names = {}, {}
+    for r in policies:
+        first = {name: x for name, x in (r["evals"] or [r])[0].items() if name not in ("rewards", "rkls")}
+        if r["evals"] and abs(first["sample_rkl"]) < 1e-4:
+            origin = r.get("origin")
+            names.setdefault(origin, f"reference of {r['label']}" if names else "reference")
+            found.setdefault((origin, r["seed"]), {**first, "run": r["run"], "label": names[origin], "seed": r["seed"],
+                                                   "evals": [], "curves": []})
+    return list(found.values())
 
 
 def interval(values, errors):
@@ -409,15 +473,13 @@ def drawn_prefixes(n, draws):
 
 
 def compare(runs, others, level, draws=2000):
-    """(mean, low, high, t, reached): the mean over runs of the reward at KL(policy || ref) = level, less that of the
-    run in others, {pair: run} or None, with the same prefixes, reward and reference. low and high: the 95 % interval
-    of a bootstrap that draws seeds and, for each, prefixes, the same for both runs; t: half of Student's over the
-    seeds, the wider one where seeds differ. All are NaN but where all runs reach the level."""
+    """((mean, low, high, t) or None, reached): the mean over runs of the reward at KL(policy || ref) = level, less
+    that of the run in others, {pair: run} or None, that began alike; None but where all runs reach the level. low and
+    high: the 95 % interval of a bootstrap that draws seeds and, for each, prefixes, the same for both runs; t: half of
+    Student's over the seeds, the wider one where seeds differ, NaN for one."""
     found = []
     for run in runs:
-        pair = [run]
-        if others is not None:
-            pair.append(others.get(run.get("pair"), {"evals": []}))
+        pair = [run] if others is None else [run, others[run["pair"]]]
         if not all(r["evals"] and all("rewards" in e for e in r["evals"]) for r in pair):
             continue
         counts = drawn_prefixes(run["n"], draws)
@@ -429,13 +491,14 @@ def compare(runs, others, level, draws=2000):
         difference = curves[0]
         if others is not None:
             difference = curves[0] - curves[1]
-        if np.isfinite(difference[0]):
+        # not by a hair
+        if np.isfinite(difference[0]) and np.isfinite(difference).mean() >= 0.95:
             found.append(difference)
 
-    # those that come as far are the ones that move fast: no mean of a part, nor where many draws fall short
+    # those that come as far are the ones that move fast: no mean of a part
     n = len(found)
-    if n < len(runs) or np.isfinite(found).mean() < 0.95:
-        return math.nan, math.nan, math.nan, math.nan, n
+    if n < len(runs):
+        return None, n
     # seeds, and for each a draw of its prefixes, independent of the others
     found = np.stack(found)
     rng = np.random.default_rng(0)
@@ -446,7 +509,7 @@ def compare(runs, others, level, draws=2000):
     t = math.nan
     if n > 1:
         t = T975[min(n - 2, len(T975) - 1)] * np.std(found[:, 0], ddof=1) / n**0.5
-    return float(found[:, 0].mean()), float(low), float(high), float(t), n
+    return (float(found[:, 0].mean()), float(low), float(high), float(t)), n
 
 
 def by_label(results):
@@ -479,21 +542,26 @@ def table(results, levels):
 def differences(results, levels, against):
     """The same of rewards at equal KL, less those of the runs labelled against, of the same seed and prefixes."""
     groups = by_label(results)
-    others = {run.get("pair"): run for run in groups[against]}
+    others = {run["pair"]: run for run in groups[against] if run.get("pair")}
     head = ["method"] + [f"less {against} at KL {level:g}" for level in levels]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for label, runs in groups.items():
-        if label != against and runs[0]["evals"]:
+        if label == against or not runs[0]["evals"]:
+            continue
+        paired = sum(run.get("pair") in others for run in runs)
+        cells = [f"– ({paired} of {len(runs)} began alike)"] * len(levels)
+        if paired == len(runs):
             cells = [compared(runs, others, level) for level in levels]
-            lines.append("| " + " | ".join([label, *cells]) + " |")
+        lines.append("| " + " | ".join([label, *cells]) + " |")
     return lines
 
 
 def compared(runs, others, level):
     """A cell of what `compare` finds, or how many of the runs come as far."""
-    mean, low, high, t, reached = compare(runs, others, level)
-    if math.isnan(mean):
+    found, reached = compare(runs, others, level)
+    if found is None:
         return f"– ({reached} of {len(runs)})" if reached else "–"
+    mean, low, high, t = found
     cell = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
     if reached > 1:
         cell += f" ± {t:.3f}"
@@ -508,8 +576,10 @@ def draw(results, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, (frontier, curves) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
-    for number, (label, runs) in enumerate(by_label(results).items()):
-        color = f"C{number % 10}"
+    groups = by_label(results)
+    colors = list(plt.get_cmap("tab10" if len(groups) <= 10 else "tab20").colors)
+    for number, (label, runs) in enumerate(groups.items()):
+        color = colors[number % len(colors)]
         # a point for each evaluation, the mean of all seeds; the reference and models from elsewhere have one
         x, y, errors = [], [], []
         for evals in zip(*[r["evals"] or [r] for r in runs]):
@@ -532,7 +602,7 @@ def draw(results, path):
     # methods differ tenfold in their KLs, and all start at 0
     frontier.set(xlabel="KL(π ‖ π_ref) of samples, nats", ylabel="reward", title="reward against divergence")
     frontier.set_xscale("symlog", linthresh=1)
-    frontier.legend(fontsize=8)
+    figure.legend(loc="outside right center", fontsize=8)
     curves.set(xlabel="step", ylabel="KL(π_ref ‖ π), nats", title="rejected (solid) and chosen (dotted) responses")
     curves.set_yscale("symlog", linthresh=1)
     figure.savefig(path, dpi=100)
@@ -560,16 +630,13 @@ if __name__ == "__main__":
         parser.error("--eval_prefixes, --reward and --seed are for --score, and would be ignored")
     writable(parser, args.out + ".json")
 
-    # the runs' logs; the options tell runs of one label that differ in more than their seed
-    policies, references, settings = [], {}, {}
-    first = None
-    own = ("seed", "out_dir", "resume", "overwrite", "device", "compile", "micro_tokens", "checkpoint_activations",
-           "wandb_log", "log_interval", "max_steps")
-    # a pattern is several
+    # what this script wrote first, as its labels stand; a pattern is several
     folders = []
     for part in args.runs.split(","):
         folders += sorted(glob.glob(part)) or [part]
-    for folder in dict.fromkeys(map(os.path.normpath, folders)):
+    folders = dict.fromkeys(map(os.path.normpath, folders))
+    policies, first = [], None
+    for folder in sorted(folders, key=lambda x: not x.endswith((".json", ".json.gz"))):
         path = os.path.join(folder, "options.json")
         if folder.endswith((".json", ".json.gz")):
             path = folder
@@ -580,8 +647,7 @@ if __name__ == "__main__":
                 for result in run:
                     if not {"label", "seed", "n", "evals", "curves", *SCORES} <= result.keys():
                         raise ValueError
-                    if result not in policies:
-                        policies.append(result)
+                policies += run
                 continue
             has_reward = run["data"] in TASKS and run["method"] != "sft"
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -589,40 +655,9 @@ if __name__ == "__main__":
         if not has_reward:
             parser.error(f"{folder} has no reward: it trained {run['method']} on {run['data']}")
         first = first or run
-
-        label = run["method"]
-        if run["method"] == "tdpo2":
-            label += f" α={run['alpha']:g}"
-        if run["beta"] != 0.1:
-            label += f" β={run['beta']:g}"
-        start, policy = from_log(folder, run, label)
-        setting = {name: value for name, value in run.items() if name not in own}
-        # each seed may have a model of its own: reviews-sft-1, 1-sft
-        setting["init_from"] = re.sub(rf"-{run['seed']}$|\b{run['seed']}-(?=[^/]*$)", "", run["init_from"])
-        setting["step"] = policy["step"]
-        # an edited objective is another one
-        objective = os.path.join(folder, "tdpo.py")
-        if os.path.exists(objective):
-            setting["objective"] = open(objective, encoding="utf-8").read()
-
-        # a line's name: the method's, its directory's without a seed in front, or the directory; the first under which
-        # all runs differ in nothing but their seed
-        for name in (label, re.sub(r"^\d+-", "", os.path.basename(folder)), folder):
-            policy["label"] = name
-            again = any(r["label"] == name and r["seed"] == run["seed"] for r in policies)
-            if not again and settings.setdefault(name, setting) == setting:
-                break
-
-        # at step 0 a policy is its reference, but where that was given
-        origin = [setting[name] for name in ("data", "init_from", "reward", "texts")]
-        if not run["ref_from"]:
-            if settings.setdefault("reference", origin) != origin:
-                start["label"] = f"reference of {folder}"
-            references.setdefault((start["label"], run["init_from"], run["seed"]), start)
+        policy = from_log(folder, run)
+        policy["label"] = label_of(policy, run, policies)
         policies.append(policy)
-
-    # one reference for each seed
-    results = [*references.values(), *policies]
     labels = by_label(policies)
     for against in args.against:
         if against not in labels:
@@ -643,14 +678,15 @@ if __name__ == "__main__":
         count = args.eval_prefixes or first["eval_prefixes"]
         prefixes = task_prefixes(texts, tokenizer, first["seed"], 0, count)["test"]
         result, _ = score_policy(model, ref, tokenizer, prefixes, reward, first["max_new_tokens"], args.seed)
-        results.append(dict(result, run=path, label=path + " (scored)", seed=args.seed, evals=[], curves=[]))
+        policies.append(dict(result, run=path, label=path + " (scored)", seed=args.seed, evals=[], curves=[]))
         pair = {"reference": ref, "policy": model}
         show_completions(pair, tokenizer, prefixes[:3], reward, first["max_new_tokens"], args.seed)
 
     # the numbers, a table of them, a figure
-    lines = [json.dumps(result, ensure_ascii=False) for result in results]
+    lines = [json.dumps(result, ensure_ascii=False) for result in policies]
     with open(args.out + ".json", "w", encoding="utf-8") as f:
         f.write("[" + ",\n".join(lines) + "]\n")
+    results = references(policies) + policies
     print("\n" + "\n".join(table(results, args.at_kl)))
     print("\nmean ± half of a 95 % interval, over seeds or, where wider, over samples; at a KL [] is of a bootstrap "
           "over seeds and prefixes, ± over seeds; nats, KLs summed over a response, entropy a mean over its tokens")

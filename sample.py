@@ -484,7 +484,8 @@ def token_texts(tokenizer, prompt, response):
         if text.endswith("\ufffd") and n < len(response):
             texts.append("")
             continue
-        texts.append(text[len(done):])
+        # some tokens have no text at all
+        texts.append(text[len(done):] or "∅")
         done = text
     return texts
 

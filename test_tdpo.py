@@ -1580,6 +1580,7 @@ def test_the_embedded_task_end_to_end(runs):
     # three prefixes with a completion and a reward of both models, then what comes next
     out = open("tdpo2.txt").read()
     assert out.rstrip().endswith("\nsaved tdpo2 | next: python sample.py --model=tdpo2")
+    assert all(any(name in record for record in log) for names in train.PANELS.values() for name in names)
     drawn = importlib.util.find_spec("matplotlib") is not None
     assert os.path.exists("tdpo2/log.png") == drawn and ("wrote tdpo2/log.png" in out) == drawn
     shown = re.findall(r"\n(.+) \.\.\.\n  SFT +(\S+) \|(.*)\n  tdpo2 +(\S+) \|(.*)\n", out)
@@ -1684,7 +1685,7 @@ def test_rewards_at_a_kl_are_compared_seed_by_seed_and_prefix_by_prefix():
                 evals.append(dict(step=step, rewards=list(rewards), rkls=[float(step)] * 40))
             runs[label].append(dict(pair=f"prefixes {seed}", n=40, evals=evals))
     others = {run["pair"]: run for run in runs["dpo"]}
-    mean, low, high, t, seeds = eval_imdb.compare(runs["tdpo2"], others, 1.5)
+    (mean, low, high, t), seeds = eval_imdb.compare(runs["tdpo2"], others, 1.5)
     means = [[np.mean([e["rewards"] for e in run["evals"][1:3]]) for run in group] for group in runs.values()]
     assert mean == approx(np.mean(np.subtract(*means[::-1]))) and seeds == 6
     # by hand: seeds, then prefixes
@@ -1699,17 +1700,21 @@ def test_rewards_at_a_kl_are_compared_seed_by_seed_and_prefix_by_prefix():
     assert [low, high] == approx(np.percentile(drawn, (2.5, 97.5)), abs=5e-4) and 0 < low < 0.15 < high < 0.16
     assert t == approx(2.571 * np.std(np.subtract(*means[::-1]), ddof=1) / 6**0.5)
     # alone, seeds and prefixes count; a KL that one run does not reach, one that none does, and other prefixes
-    _, low, high, *_ = eval_imdb.compare(runs["dpo"], None, 1.5)
+    (_, low, high, _), _ = eval_imdb.compare(runs["dpo"], None, 1.5)
     assert high - low > 0.15
     runs["tdpo2"][0]["evals"].pop()
     for level, cell in ((2.5, "– (5 of 6)"), (9, "–")):
         assert eval_imdb.compared(runs["tdpo2"], others, level) == cell
-    runs["tdpo2"][1]["pair"] = "prefixes of another"
-    assert eval_imdb.compared(runs["tdpo2"], others, 1.5) == "– (5 of 6)"
+    for label, group in runs.items():
+        for run in group:
+            run["label"] = label
+    runs["tdpo2"][1]["pair"], runs["tdpo2"][2]["pair"] = "prefixes of another", None
+    lines = eval_imdb.differences(runs["tdpo2"] + runs["dpo"], [1.5], "dpo")
+    assert lines[2:] == ["| tdpo2 | – (4 of 6 began alike) |"]
     # where a KL is reached by a hair, half of the draws fall short
     hair = dict(pair="x", n=40, evals=[dict(rewards=[0.0] * 40, rkls=[0.0] * 40),
                                        dict(rewards=[1.0] * 40, rkls=[0.0, 2.0] * 20)])
-    assert eval_imdb.compared([hair], None, 0.999) == "– (1 of 1)"
+    assert eval_imdb.compared([hair], None, 0.999) == "–"
     assert eval_imdb.compared([hair], None, 0.2).startswith("+0.200 [")
     # curves cross a level where they do so first
     kls, rewards = np.array([[0.0, 2, 1, 3], [0, 0.5, 0.6, 0.7]]), np.array([[0.0, 1, 5, 7], [0, 1, 2, 3]])
@@ -1717,13 +1722,36 @@ def test_rewards_at_a_kl_are_compared_seed_by_seed_and_prefix_by_prefix():
     assert eval_imdb.reward_at(kls, rewards, 2.5)[0] == approx(6.5)
 
 
+def test_samples_are_checked_by_hand_and_scored_by_a_second_classifier(runs):
+    """The scripts of assets/: the first shares no code with the project, the second learns moods from other reviews."""
+    from datasets import Dataset
+    out = says(0, "largest differences", "assets/check.py", "tdpo2")
+    assert max(map(float, re.findall(r": '(\S+)'", out.splitlines()[-1]))) < 2e-4 and out.count("tdpo2 {") == 5
+    says(0, "wrote", "eval_imdb.py", "--runs=tdpo2", "--out=first")
+    rng, rows = random.Random(0), []
+    for n in range(600):
+        text = eval_imdb.write_review(rng)
+        (reward,) = eval_imdb.exact_reward([text])
+        rows.append(dict(text=text, label=int(reward > 0), split="train" if n < 500 else "test"))
+    Dataset.from_list(rows).to_parquet("moods.parquet")
+    out = says(0, "of 100 test reviews", "assets/second.py", "moods.parquet", "first.json", "second.json")
+    assert float(re.search(r"accuracy (\S+)", out)[1]) > 0.7 and float(out.split()[-1]) > 0.4
+    (first,), (second,) = json.load(open("first.json")), json.load(open("second.json"))
+    for a, b in zip(first["evals"], second["evals"]):
+        assert a["rkls"] == b["rkls"] and b["reward"] == approx(np.mean(b["rewards"]), abs=1e-3)
+        assert all(0 <= x <= 1 for x in b["rewards"])
+    assert second["reward"] == second["evals"][-1]["reward"]
+    says(0, r"\| tdpo2 α=0.5 \| 0\.", "eval_imdb.py", "--runs=second.json", "--out=third")
+
+
 def test_table_and_figure_come_from_logs_and_models_are_scored_anew(runs):
     shutil.copytree("tdpo2", "elsewhere", ignore=shutil.ignore_patterns("options.json", "log.jsonl"))
     at_kl = "--at_kl", "0.001", "0.5"
     out = says(0, r"reward at KL 0\.001 \| reward at KL 0\.5 \|", "eval_imdb.py", "--runs=tdp*2", "--score=elsewhere",
                "--seed=1", "--eval_prefixes=24", *at_kl, "--out=frontier")
-    reference, run, scored = json.load(open("frontier.json"))
-    assert reference["sample_kl"] == 0 and [x["step"] for x in run["evals"]] == [0, 4, 8]
+    run, scored = json.load(open("frontier.json"))
+    assert run["evals"][0]["sample_kl"] == 0 and [x["step"] for x in run["evals"]] == [0, 4, 8]
+    assert re.search(r"^\| reference \|.* 1 × 24 \|$", out, re.M)
     for name in ("n", *eval_imdb.SCORES):           # the same seed and prefixes: what was logged is what is measured
         logged = log_of("tdpo2")[-1]["eval_" + name]
         assert [run[name], scored[name]] == approx([logged] * 2, rel=1e-4, abs=1e-5)
@@ -1755,14 +1783,30 @@ def test_table_and_figure_come_from_logs_and_models_are_scored_anew(runs):
     for name, seed, rate in (("1-more", 1, 1e-4), ("2-more", 2, 1e-4), ("3-more", 3, 2e-4), ("4-more", 1, 1e-4)):
         shutil.copytree("tdpo2", name)
         write_lines(f"{name}/options.json", [{**options, "seed": seed, "learning_rate": rate}])
-        with open(f"{name}/tdpo.py", "a") as f:
-            f.write("# edited\n")
+        text = text_of(os.path.abspath(f"{name}/tdpo.py"))
+        write_lines(f"{name}/tdpo.py", [text.replace("return -F.logsigmoid(m)", "return torch.relu(1 - m)")])
     out = says(0, r"less tdpo2 α=0.5 at KL 0.001", "eval_imdb.py", "--runs=tdpo2,?-more,tdpo2", *at_kl, "--out=again",
                "--against", "tdpo2 α=0.5")
     lines = [line for line in out.splitlines() if line.startswith("| ") and line.endswith("× 24 |")]
     assert [(line.split(" | ")[0], line.split(" | ")[-1]) for line in lines if "reference" not in line] == [
         ("| tdpo2 α=0.5", "1 × 24 |"), ("| more", "2 × 24 |"), ("| 3-more", "1 × 24 |"), ("| 4-more", "1 × 24 |")]
     assert "| more | +0.000 [+0.000, +0.000] ± 0.000 | – |" in out
+    # alone, too, it has not the name of the paper's; another comment makes no other objective
+    says(0, r"\n\| more \|", "eval_imdb.py", "--runs=1-more", "--out=again")
+    shutil.copytree("tdpo2", "commented")
+    with open("commented/tdpo.py", "a") as f:
+        f.write("# edited\n")
+    says(0, r"\n\| tdpo2 α=0.5 \|", "eval_imdb.py", "--runs=commented", "--out=again")
+    # behind what this script wrote: another seed joins, the same one and one with other options do not
+    says(0, "wrote", "eval_imdb.py", "--runs=tdpo2", "--out=first")
+    for name, change, label in (("x/tdpo2", {}, "tdpo2"), ("x/5-a", dict(seed=5), "tdpo2 α=0.5"),
+                                ("x/6-b", dict(seed=6, learning_rate=1.0), "b")):
+        shutil.copytree("tdpo2", name)
+        write_lines(f"{name}/options.json", [{**options, **change}])
+        out = says(0, "wrote", "eval_imdb.py", f"--runs={name},first.json", "--out=again")
+        counts = dict(re.findall(r"^\| ([^|]+) \|.* (\d) × 24 \|$", out, re.M))
+        assert counts.pop("reference") == ("1" if change == {} else "2")
+        assert counts == ({"tdpo2 α=0.5": "2"} if label == "tdpo2 α=0.5" else {"tdpo2 α=0.5": "1", label: "1"}), out
     os.remove("4-more/evals/4.jsonl")
     out = says(0, "4-more has not kept the samples", "eval_imdb.py", "--runs=4-more", *at_kl, "--out=again")
 
@@ -2330,7 +2374,22 @@ def test_the_loops_of_the_results_run_again_what_has_not_finished(tmp_path, monk
         os.remove("calls")
     runs = [(call[0], train.configure(call[1:])) for call in passes[0]]
     assert len(runs) == 8 * (11 + 3) + 3 * (1 + 6) + (1 + 4)
-    for program, run in runs:           # each name says what it is
+    # the plan of RESULTS.md
+    planned = {(s, m, b, a) for s in range(1, 9) for m, b, a in [
+        *(("dpo", b, 0.5) for b in (0.03, 0.1, 0.3, 1, 3)), ("tdpo1", 0.1, 0.5),
+        *(("tdpo2", 0.1, a) for a in (0.25, 0.5, 1, 2, 5))]}
+    found = [run for program, run in runs if run["data"] == "reviews" and program == "train.py"]
+    assert {tuple(run[x] for x in ("seed", "method", "beta", "alpha")) for run in found} == planned
+    assert {(run["max_steps"], run["warmup_steps"], run["eval_interval"], run["eval_prefixes"]) for run in found} == {
+        (120, 60, 10, 256)}
+    found = [run for _, run in runs if run["data"] == "imdb" and run["method"] != "sft"]
+    assert {tuple(run[x] for x in ("seed", "method", "beta", "alpha", "max_steps")) for run in found} == {
+        (s, *x) for s in (1, 2, 3) for x in [("dpo", 0.1, 0.5, 30), ("dpo", 0.3, 0.5, 40), ("dpo", 1, 0.5, 40),
+                                             ("tdpo1", 0.1, 0.5, 30), ("tdpo2", 0.1, 0.5, 40), ("tdpo2", 0.1, 1, 40)]}
+    names = "batch_size", "eval_interval", "eval_prefixes", "max_new_tokens"
+    assert {tuple(run[x] for x in names) for run in found} == {(16, 10, 600, 24)}
+    # each name says what it is
+    for program, run in runs:
         names = re.fullmatch(r"out/\w+/(\d-)?(\w+)(?:-alpha=(.+?))?(?:-beta=(.+))?", run["out_dir"]).groups("")
         seed, method, alpha, beta = names
         assert run["seed"] == int(seed[:1] or 1)
@@ -2354,19 +2413,60 @@ def test_tables_are_those_of_the_data():
     results, readme = text_of("assets/RESULTS.md"), text_of("README.md")
     with gzip.open(os.path.join(HERE, "assets/reviews.json.gz"), "rt", encoding="utf-8") as f:
         study = json.load(f)
-    levels = [0.3, 0.75, 1, 2]
-    tables = [eval_imdb.table(study, levels)]
-    tables += [eval_imdb.differences(study, levels, against) for against in ("dpo", "dpo β=1", "dpo β=3")]
+    levels, groups = [0.3, 0.75, 1, 2], eval_imdb.by_label(study)
+    tables = [eval_imdb.table(eval_imdb.references(study) + study, levels)]
+    for against in ("dpo", "dpo β=0.3", "dpo β=1", "dpo β=3"):
+        tables.append(eval_imdb.differences(study, levels, against))
     assert all("\n".join(lines) in results for lines in tables)
-    assert "\n".join(eval_imdb.table(json.loads(text_of("assets/imdb.json")), [])) in results
+    for label, base in (("ipo", "dpo"), ("lndpo", "dpo"), ("tdpo2r", "tdpo2 α=0.5")):
+        (line,) = [x for x in eval_imdb.differences(study, levels, base) if x.startswith(f"| {label} |")]
+        assert line.replace(f"| {label} |", f"| {label} | {base} |") in results
+    # README's, by the KL at which methods end
+    ends = {label: np.mean([[r["sample_rkl"], r["reward"]] for r in runs], 0) for label, runs in groups.items()}
+    lines = []
+    for label in sorted(ends, key=lambda label: -ends[label][0]):
+        if label in readme:
+            kl, half = eval_imdb.interval(*[[r["sample_rkl" + x] for r in groups[label]] for x in ("", "_se")])
+            reward, spread = eval_imdb.interval(*[[r["reward" + x] for r in groups[label]] for x in ("", "_se")])
+            cells = [label, f"{kl:.1f} ± {half:.1f}", f"{reward:.2f} ± {spread:.2f}"]
+            for level in levels[:3]:
+                found, _ = eval_imdb.compare(groups[label], None, level)
+                cells.append("–" if found is None else f"{found[0]:.2f}")
+                assert found is None or 0.025 < found[3] < 0.055
+            lines.append("| " + " | ".join(cells) + " |")
+    assert len(lines) == 9 and "\n".join(lines) in readme
+    rewards = [float(line.split(" | ")[3].split()[0]) for line in lines]
+    assert rewards == sorted(rewards)
+    # what the text says of the ends: of the line between two others', in each seed
+    for label, low, high in (("tdpo2 α=0.25", "dpo β=1", "dpo β=0.3"), ("tdpo2 α=0.5", "dpo β=1", "dpo β=0.3"),
+                             ("tdpo2 α=1", "dpo β=3", "dpo β=1")):
+        above = []
+        for seed in range(1, 9):
+            (k, r), (k0, r0), (k1, r1) = [(x["sample_rkl"], x["reward"]) for y in (label, low, high)
+                                          for x in groups[y] if x["seed"] == seed]
+            above.append(r - r0 - (r1 - r0) * (k - k0) / (k1 - k0))
+        text = f"{np.mean(above):.3f} ± {2.365 * np.std(above, ddof=1) / 8**0.5:.3f}"
+        assert text in results, text
+    kls = {label: np.mean([[r["curves"][-1][x] for x in ("kl_w", "kl_l", "kl_gap")] for r in runs], 0)
+           for label, runs in groups.items()}
+    some = [kls[label] for label in ("dpo", "tdpo2 α=0.5", "dpo β=1")]
+    said = " ".join(results.split())
+    for n, text in ((1, "is {:.1f} nats for DPO, {:.1f} for TDPO2 (α 0.5) and {:.1f} for DPO with β 1"),
+                    (2, "the gap {:.1f}, {:.1f} and {:.1f} (")):
+        assert text.format(*[x[n] for x in some]) in said
+    assert "that of the chosen is {:.1f} for TDPO1 and {:.1f} for DPO".format(kls["tdpo1"][0], some[0][0]) in said
+    old = json.loads(text_of("assets/imdb.json"))
+    assert "\n".join(eval_imdb.table(eval_imdb.references(old) + old, [])) in results
     for r in json.loads(text_of("assets/hh.json")):
         t, cells = eval_imdb.T975[r["prompts"] - 2], []
         for name, wide in zip(("acc", "acc_loss", "kl_w", "kl_l", "entropy", "surprisal"), (1.96, 1.96, 0, 0, t, t)):
             cells.append(f"{r[name]:.3f}" + (f" ± {wide * r[name + '_se']:.3f}" if wide else ""))
         line = " | ".join([*cells, f"{r['pairs']} | {r['prompts']} |"])
         assert any(x.startswith(f"| {r['label']} |") and x.endswith(line) for x in results.splitlines()), line
-    cells = re.findall(r"-?\d+\.\d{3} ± \d+\.\d{3}", readme)
-    assert len(cells) > 5 and all(cell in results for cell in cells)
+    for base, sign in (("dpo", 1), ("dpo β=1", -1)):
+        others = {run["pair"]: run for run in groups[base]}
+        (mean, _, _, t), _ = eval_imdb.compare(groups["tdpo2 α=0.5"], others, 1)
+        assert f"{sign * mean:.3f} ± {t:.3f}" in readme
 
 
 def test_the_rows_of_a_table_have_equally_many_cells():

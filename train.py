@@ -937,6 +937,7 @@ def start_log(folder, options, step, resume):
 PANELS = {
     "reward of fresh samples": ["eval_reward"],
     "KL(π_ref ‖ π), nats": ["kl_w", "kl_l", "eval_kl_w", "eval_kl_l", "eval_sample_kl"],
+    "KL(π ‖ π_ref), nats": ["rkl_w", "rkl_l", "eval_rkl_w", "eval_rkl_l", "eval_sample_rkl"],
     "loss": ["loss", "eval_loss"],
     "accuracy": ["acc", "eval_acc"],
 }

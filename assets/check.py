@@ -40,8 +40,9 @@ for folder in sys.argv[1:]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     policy, reference = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
                          for path in (folder, options["ref_from"] or options["init_from"])]
-    steps = [int(name.split(".")[0]) for name in os.listdir(os.path.join(folder, "evals"))]
-    lines = open(os.path.join(folder, "evals", f"{max(steps)}.jsonl"), encoding="utf-8").read().splitlines()
+    # the samples of these weights
+    step = torch.load(os.path.join(folder, "state.pt"), weights_only=True)["step"]
+    lines = open(os.path.join(folder, "evals", f"{step}.jsonl"), encoding="utf-8").read().splitlines()
     for line in lines[:: max(1, len(lines) // 5)][:5]:
         row = json.loads(line)
         ids = tokenizer(row["prompt"])["input_ids"]

@@ -1,9 +1,11 @@
 """A second opinion on the IMDb reward: TF-IDF of words and pairs of words with logistic regression, fitted to beginnings of
 IMDb's training reviews, on the very samples that the first classifier has scored.
 
-    python assets/second.py imdb.parquet assets/imdb.json.gz out/second.json
+    python eval_imdb.py --runs='out/imdb/[1-3]-*dpo*' --out=out/imdb/first
+    python assets/second.py imdb.parquet out/imdb/first.json out/imdb/second.json
+    python eval_imdb.py --runs=out/imdb/second.json --at_kl 0.25 0.5 1 --against dpo
 
-imdb.parquet has text, label (1 is positive) and split. second.json is imdb.json.gz with the other rewards; the samples are
+imdb.parquet has text, label (1 is positive) and split. second.json is first.json with the other rewards; the samples are
 read from the runs that it names.
 """
 import collections
@@ -17,7 +19,7 @@ import numpy as np
 import torch
 from datasets import load_dataset
 
-WORDS = 30              # of a review's beginning: as long as a prefix and its completion
+WORDS = 22              # of a stretch of a review: as long as a prefix and its completion in the mean
 
 
 def terms(text):
@@ -84,7 +86,8 @@ accuracy = ((positive(x) > 0.5) == (y > 0.5)).float().mean()
 print(f"{len(index)} terms; accuracy {accuracy:.4f} on the first {WORDS} words of {len(y)} test reviews")
 
 # the samples of every evaluation
-results = json.load(gzip.open(results_file, "rt", encoding="utf-8"))
+opener = gzip.open if results_file.endswith(".gz") else open
+results = json.load(opener(results_file, "rt", encoding="utf-8"))
 agreement = []
 for run in results:
     for e in run["evals"]:
@@ -95,8 +98,7 @@ for run in results:
         e["rewards"] = [round(score, 3) for score in scores]
         e["reward"] = float(np.mean(scores))
         e["reward_se"] = float(np.std(scores, ddof=1) / len(scores)**0.5)
-    if run["evals"]:
-        run["reward"], run["reward_se"] = run["evals"][-1]["reward"], run["evals"][-1]["reward_se"]
+    run["reward"], run["reward_se"] = run["evals"][-1]["reward"], run["evals"][-1]["reward_se"]
 print(f"correlation with the first classifier's, sample by sample: {np.mean(agreement):.3f}")
 with open(out, "w", encoding="utf-8") as f:
-    f.write("[" + ",\n".join(json.dumps(run, ensure_ascii=False) for run in results if run["evals"]) + "]\n")
+    f.write("[" + ",\n".join(json.dumps(run, ensure_ascii=False) for run in results) + "]\n")

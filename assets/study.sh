@@ -14,7 +14,8 @@ set -e
 run() {
     local program=$1 dir=$2
     shift 2
-    grep -qs "^saved $dir |" $dir.log && return
+    # a kill may have come between its last save and its last words
+    grep -qs "^saved $dir |\|$dir is at step" $dir.log && return
     if [ -e $dir/state.pt ]; then set -- --resume=True; else set -- "$@" --overwrite=True; fi
     python $program --out_dir=$dir "$@" > $dir.log 2>&1 || tail -n 1 $dir.log
 }
@@ -69,10 +70,12 @@ else
             --warmup_steps=10 --batch_size=24 --max_length=80 --max_steps=60 --eval_interval=60
         pairs="--init_from=out/imdb/$s-sft --reward=${JUDGE:?the directory of a sentiment classifier} --seed=$s"
         pairs="$pairs --train_prefixes=400 --eval_prefixes=600 --min_score_gap=0.3 --max_new_tokens=24"
-        pairs="$pairs --warmup_steps=20 --batch_size=16 --max_steps=40 --eval_interval=10 --save_interval=20"
-        # the first two make the seed's pairs, the same ones; what moves fast comes last
+        pairs="$pairs --warmup_steps=20 --batch_size=16 --eval_interval=10 --save_interval=20"
+        # the first two make the seed's pairs, the same ones; what moves fast comes last, and has come far enough sooner
         methods "1 0.3 0.1" "0.5 1" | while read m; do
-            echo train.py out/imdb/$s-${m/ --/-} --method=$m $imdb $pairs
+            steps=40
+            case $m in "dpo --beta=0.1" | tdpo1) steps=30 ;; esac
+            echo train.py out/imdb/$s-${m/ --/-} --method=$m $imdb $pairs --max_steps=$steps
         done | each
     done
 fi
