@@ -527,8 +527,8 @@ def write_samples(args, model, tokenizer, ref, texts):
     models = {"policy": (model, ref)}
     if ref is not None:
         models = {"reference": (ref, None), **models}
-    rows, means = [], []
-    shown, page = [[] for _ in texts], [[] for _ in texts]
+    # of each prompt its responses: (model, response, None or the texts and values of its tokens)
+    rows, means, entries = [], [], [[] for _ in texts]
     for name, (m, against) in models.items():
         drawn = generate(m, tokenizer, prompts, args.max_new_tokens, args.num_samples, args.temperature, args.top_p,
                          args.seed)
@@ -541,14 +541,11 @@ def write_samples(args, model, tokenizer, ref, texts):
             stats = {key: stats[key] for key in ("entropy", "surprisal")}
         for n, i in enumerate(index):
             text = response_text(tokenizer, prompts[i], responses[n])
-            line, paragraph = text, html.escape(text)
+            tokens = None
             # the reference does not diverge from itself
             if args.show and (against is not None or args.show == "surprisal"):
-                pieces, values = token_texts(tokenizer, prompts[i], responses[n]), measured[n][args.show]
-                line = shaded(pieces, values, args.show, page=False)
-                paragraph = shaded(pieces, values, args.show, page=True)
-            shown[i].append(f"  {name:9} |{line}")
-            page[i].append(f"<p><i>{name}</i> {paragraph}</p>")
+                tokens = token_texts(tokenizer, prompts[i], responses[n]), measured[n][args.show]
+            entries[i].append((name, text, tokens))
             sums = {key: float(values[n]) for key, values in stats.items()}
             rows.append(dict(prompt=texts[i], model=name, response=text, tokens=len(responses[n]), **sums))
 
@@ -565,14 +562,19 @@ def write_samples(args, model, tokenizer, ref, texts):
     # the file, then the screen
     with open(args.out, "w", encoding="utf-8") as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    for text, lines in zip(texts, shown):
-        print("\n" + "\n".join([text.strip(), *lines]))
+    for prompt, entry in zip(texts, entries):
+        print("\n" + prompt.strip())
+        for name, text, tokens in entry:
+            print(f"  {name:9} |" + (shaded(*tokens, args.show, page=False) if tokens else text))
     if args.show:
         print("\n" + LEGEND.format(args.show, "".join(paint(f" {x:.0%} ", x, page=False) for x in SHADES)))
     if args.html:
         body = [LEGEND.format(args.show, "".join(paint(f" {x:.0%} ", x, page=True) for x in SHADES))]
-        for text, paragraphs in zip(texts, page):
-            body += [f"<h3>{html.escape(text.strip())}</h3>", *paragraphs]
+        for prompt, entry in zip(texts, entries):
+            body.append(f"<h3>{html.escape(prompt.strip())}</h3>")
+            for name, text, tokens in entry:
+                text = shaded(*tokens, args.show, page=True) if tokens else html.escape(text)
+                body.append(f"<p><i>{name}</i> {text}</p>")
         with open(args.html, "w", encoding="utf-8") as f:
             f.write(PAGE.format(title=html.escape(f"{args.model}: {args.show}"), body="\n".join(body)))
     print("\n" + "\n".join(means))

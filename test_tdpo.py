@@ -1638,6 +1638,12 @@ def test_sample_shows_and_measures(runs):
         text = html.unescape(paragraph).removeprefix(row["model"] + " ").replace("<eos>", "")
         assert text.split(" [logratio ")[0].strip() == row["response"].strip()
         assert ("[logratio " in text) == (row["model"] == "policy")
+    # the page loads nothing, and says what its colors mean
+    assert not re.search("http|src=|href=|@import|url", page) and "its response's logratio (absolute values" in page
+    out = says(0, "", *show, "--show=surprisal")
+    sums = [float(x) for x in re.findall(r"\[surprisal (\S+) nats\]", out)]
+    row_sums = [row["surprisal"] * row["tokens"] for row in lines_of("show.jsonl")]
+    assert [sums[n] for n in (0, 2, 1, 3)] == approx(row_sums, abs=0.006)
     out = says(0, "", *show, "--show=kl")
     sums = [float(x) for x in re.findall(r"\[kl (\S+) nats\]", out)]
     assert sums == approx([row["kl"] for row in lines_of("show.jsonl")[2:]], abs=0.006)
