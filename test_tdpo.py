@@ -1398,6 +1398,9 @@ def test_each_token_has_its_text_and_its_share():
     assert colors[0][2] < colors[2][2] < colors[3][2] < 255
     line = sample.shaded(texts, values, "logratio", page=False)
     assert re.sub(r"\033\[.*?m", "", line) == "ö<b>\\n€ [logratio 4.10 nats]"
+    # a row of padding that was drawn has no text, but a value
+    padded = types.SimpleNamespace(decode=lambda ids: "".join("ab"[x] for x in ids if x < 2))
+    assert sample.token_texts(padded, [0], [1, 7]) == ["b", "∅"]
     assert "\r" not in sample.paint("a\rb\x1b[2J", 0, False) and sample.paint("\x1b[2J", 0, False).count("\x1b") == 2
 
 
