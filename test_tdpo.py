@@ -2418,15 +2418,25 @@ def test_the_loops_of_the_results_run_again_what_has_not_finished(tmp_path, monk
     shutil.rmtree("out")
 
 
-def test_tables_are_those_of_the_data():
-    results, readme = text_of("assets/RESULTS.md"), text_of("README.md")
-    with gzip.open(os.path.join(HERE, "assets/reviews.json.gz"), "rt", encoding="utf-8") as f:
-        study = json.load(f)
-    levels, groups = [0.3, 0.75, 1, 2], eval_imdb.by_label(study)
+def runs_of(name):
+    with gzip.open(os.path.join(HERE, "assets", name), "rt", encoding="utf-8") as f:
+        return json.load(f)
+
+
+@pytest.mark.parametrize("name, levels, betas", [("reviews", [0.3, 0.75, 1, 2], ("", " β=0.3", " β=1", " β=3")),
+                                                 ("imdb", [0.25, 0.5, 1], ("", " β=0.3", " β=1")),
+                                                 ("imdb-second", [0.25, 0.5, 1], ("", " β=0.3", " β=1"))])
+def test_tables_are_those_of_the_data(name, levels, betas):
+    results, study = text_of("assets/RESULTS.md"), runs_of(name + ".json.gz")
     tables = [eval_imdb.table(eval_imdb.references(study) + study, levels)]
-    for against in ("dpo", "dpo β=0.3", "dpo β=1", "dpo β=3"):
-        tables.append(eval_imdb.differences(study, levels, against))
+    tables += [eval_imdb.differences(study, levels, "dpo" + beta) for beta in betas]
     assert all("\n".join(lines) in results for lines in tables)
+
+
+def test_what_is_said_of_the_results_is_in_the_data():
+    results, readme = text_of("assets/RESULTS.md"), text_of("README.md")
+    study, levels = runs_of("reviews.json.gz"), [0.3, 0.75, 1, 2]
+    groups = eval_imdb.by_label(study)
     for label, base in (("ipo", "dpo"), ("lndpo", "dpo"), ("tdpo2r", "tdpo2 α=0.5")):
         (line,) = [x for x in eval_imdb.differences(study, levels, base) if x.startswith(f"| {label} |")]
         assert line.replace(f"| {label} |", f"| {label} | {base} |") in results
