@@ -421,10 +421,15 @@ def label_of(policy, run, others):
     if objective_of(policy["run"]) not in ("", objective_of(os.path.dirname(os.path.abspath(__file__)))):
         labels.pop(0)
     for label in labels:
-        same = [r for r in others if r["label"] == label]
-        if all(r.get("setting") == policy["setting"] and r["seed"] != run["seed"] for r in same):
+        if are_seeds(label, policy, others):
             break
     return label
+
+
+def are_seeds(label, policy, others):
+    """Whether all others of this label are other seeds of the same."""
+    same = [r for r in others if r["label"] == label]
+    return all(r.get("setting") == policy.get("setting") and r["seed"] != policy["seed"] for r in same)
 
 
 def references(policies):
@@ -432,12 +437,12 @@ def references(policies):
     Those of another task or model have a line of their own."""
     found, names = {}, {}
     for r in policies:
-        first = {name: x for name, x in (r["evals"] or [r])[0].items() if name not in ("rewards", "rkls")}
-        if r["evals"] and abs(first["sample_rkl"]) < 1e-4:
-            origin = r.get("origin")
-            names.setdefault(origin, f"reference of {r['label']}" if names else "reference")
-            found.setdefault((origin, r["seed"]), {**first, "run": r["run"], "label": names[origin], "seed": r["seed"],
-                                                   "evals": [], "curves": []})
+        if not r["evals"] or abs(r["evals"][0]["sample_rkl"]) > 1e-4:
+            continue
+        origin = r.get("origin")
+        names.setdefault(origin, f"reference of {r['label']}" if names else "reference")
+        first = {**r["evals"][0], "run": r["run"], "label": names[origin], "seed": r["seed"], "evals": [], "curves": []}
+        found.setdefault((origin, r["seed"]), first)
     return list(found.values())
 
 
@@ -577,7 +582,7 @@ def draw(results, path):
     import matplotlib.pyplot as plt
     figure, (frontier, curves) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
     groups = by_label(results)
-    colors = list(plt.get_cmap("tab10" if len(groups) <= 10 else "tab20").colors)
+    colors = plt.get_cmap("tab10" if len(groups) <= 10 else "tab20").colors
     for number, (label, runs) in enumerate(groups.items()):
         color = colors[number % len(colors)]
         # a point for each evaluation, the mean of all seeds; the reference and models from elsewhere have one
@@ -645,9 +650,13 @@ if __name__ == "__main__":
             run = json.load(opener(path, "rt", encoding="utf-8"))
             if isinstance(run, list):           # this script's own
                 for result in run:
-                    if not {"label", "seed", "n", "evals", "curves", *SCORES} <= result.keys():
+                    if not {"run", "label", "seed", "n", "evals", "curves", *SCORES} <= result.keys():
                         raise ValueError
-                policies += run
+                    if result in policies:
+                        continue
+                    if not are_seeds(result["label"], result, policies):
+                        result["label"] += f" of {folder}"
+                    policies.append(result)
                 continue
             has_reward = run["data"] in TASKS and run["method"] != "sft"
         except (OSError, ValueError, LookupError, TypeError, AttributeError):

@@ -355,6 +355,7 @@ def generate(model, tokenizer, prompts, max_new_tokens, num_samples=1, temperatu
     kind = model.device.type
     gpus = [model.device] if kind == "cuda" else []
     bar = tqdm(total=len(order), desc="sampling", leave=False, disable=None)
+    # and where its caller computes in bf16
     low = kind == "cuda" or torch.is_autocast_enabled(kind)
     with torch.random.fork_rng(gpus), torch.autocast(kind, torch.bfloat16, enabled=low):
         torch.manual_seed(seed)

@@ -1808,14 +1808,20 @@ def test_table_and_figure_come_from_logs_and_models_are_scored_anew(runs):
     says(0, r"\n\| tdpo2 α=0.5 \|", "eval_imdb.py", "--runs=commented", "--out=again")
     # behind what this script wrote: another seed joins, the same one and one with other options do not
     says(0, "wrote", "eval_imdb.py", "--runs=tdpo2", "--out=first")
-    for name, change, label in (("x/tdpo2", {}, "tdpo2"), ("x/5-a", dict(seed=5), "tdpo2 α=0.5"),
-                                ("x/6-b", dict(seed=6, learning_rate=1.0), "b")):
+    for name, change, label in (("others/tdpo2", {}, "tdpo2"), ("others/5-a", dict(seed=5), "tdpo2 α=0.5"),
+                                ("others/6-b", dict(seed=6, learning_rate=1.0), "b")):
         shutil.copytree("tdpo2", name)
         write_lines(f"{name}/options.json", [{**options, **change}])
         out = says(0, "wrote", "eval_imdb.py", f"--runs={name},first.json", "--out=again")
         counts = dict(re.findall(r"^\| ([^|]+) \|.* (\d) × 24 \|$", out, re.M))
         assert counts.pop("reference") == ("1" if change == {} else "2")
         assert counts == ({"tdpo2 α=0.5": "2"} if label == "tdpo2 α=0.5" else {"tdpo2 α=0.5": "1", label: "1"}), out
+    # nor what is given twice, or was written of the same run elsewhere
+    shutil.copy("first.json", "same.json")
+    says(0, "wrote", "eval_imdb.py", "--runs=others/tdpo2", "--out=moved")
+    out = says(0, "wrote", "eval_imdb.py", "--runs=first.json,same.json,moved.json", "--out=again")
+    assert re.findall(r"^\| (tdpo2[^|]+) \|.* (\d) × 24 \|$", out, re.M) == [
+        ("tdpo2 α=0.5", "1"), ("tdpo2 α=0.5 of moved.json", "1")]
     os.remove("4-more/evals/4.jsonl")
     out = says(0, "4-more has not kept the samples", "eval_imdb.py", "--runs=4-more", *at_kl, "--out=again")
 
@@ -2696,7 +2702,7 @@ def gpu_day(folder, toy=False):
                 try:
                     found[name] = measure(*args, **options)
                 except (Exception, pytest.fail.Exception) as error:
-                    found[name] = dict(failed=str(error)[-2000:])
+                    found[name] = dict(failed=f"{type(error).__name__} {error}"[-2000:])
                 found[name]["took"] = time.time() - began
                 print(f"{name}: {found[name]}", flush=True)
             compare_items(found, models, V_of_layer)
@@ -2713,14 +2719,16 @@ def gpu_day(folder, toy=False):
                     item(f"loss layer, {form}, V {V}", bench_one, form, sizes[0], V, sizes[1])
                 else:
                     item(f"loss layer, {form}, V {V}", last_json, "one", form, sizes[0], V, sizes[1])
-        # compiled, as a GPU's runs are
+        # a GPU's runs are compiled; on a CPU one is, without a compiler behind it
         how = dict(before=compile_eagerly) if toy else {}
         for name, config in models.items():
             path = name + ".jsonl"
             if not os.path.exists(path):
                 path = numbers_model(name, config, pairs=(steps + 1) * batch + 100)
             for rank in (0, 16):
-                options = f"--batch_size={batch}", f"--lora_rank={rank}", "--compile=True"
+                options = [f"--batch_size={batch}", f"--lora_rank={rank}"]
+                if rank == 0:
+                    options.append("--compile=True")
                 item(f"{name}, rank {rank}", ours, name, path, steps, *options, **how)
                 if importlib.util.find_spec("trl"):
                     item(f"{name}, rank {rank}, TRL", last_json, "trl", name, path, steps, batch, rank)

@@ -1280,9 +1280,9 @@ if __name__ == "__main__":
     if not needs["activations"]:
         print("note: that is without activations, which this model's layers do not tell before they have data")
 
-    # a resumed run has to find the same data and reference again, and what its adapters were put on
-    stands_on = [] if sft else [ref]
-    if sft or lora_rank:
+    # a resumed run has to find the same data and reference again, and what its adapters were put on, if that is another
+    stands_on = [model] if sft else [ref]
+    if lora_rank and ref_from:
         stands_on.append(model)
     digest, step = fingerprint([*examples, *held_out], *stands_on), 0
     origin = {"fingerprint": digest, "started": started}
