@@ -3,6 +3,7 @@
 Longer rounds: TDPO_KILLS=20 (kills), TDPO_RUNS=100 (runs under torchrun), TDPO_STEPS=500 (flat memory).
 Benchmark: python test_tdpo.py [N V d] times the loss layer.
 """
+import argparse
 import contextlib
 import copy
 import datetime
@@ -31,6 +32,7 @@ import sys
 import tempfile
 import time
 import types
+import weakref
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", PYTHONPATH=HERE)
@@ -47,6 +49,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.autograd import grad
 from torch.nn.attention import flex_attention as flex
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import flex_attention as integration
 from transformers.pytorch_utils import Conv1D
@@ -838,6 +841,61 @@ def test_checkpointed_blocks_give_the_same_gradients(name, rank):
     assert all(torch.equal(a, b) for a, b in zip(*grads)) and counts[1] == 2 * counts[0] == 4
 
 
+@pytest.mark.parametrize("name, rank, checkpointed", [("llama", 0, True), ("gpt2", 3, False), ("llama", 3, True)])
+def test_what_larger_models_take_compiles(name, rank, checkpointed, eager_flex):
+    """As on a GPU, where a run is compiled: one graph, the gradients of the model that is not compiled."""
+    grads = []
+    for attention in ("flex", "traced"):
+        torch._dynamo.reset()
+        model, ref = tiny(name), tiny(name, 1)
+        if rank:
+            adapted(model, rank)
+        for m in (model, ref):
+            m.set_attn_implementation("pair_attention")
+        if checkpointed:
+            train.checkpoint_blocks(model)
+        torch._dynamo.utils.counters.clear()
+        loss, _ = own_loss(model, ref, examples_of()[:3], 128, attention)
+        loss.backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads)) and any(x.any() for x in grads[1])
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]      # policy and reference
+
+
+class Rounded(TorchDispatchMode):
+    """Remembers what was rounded to bf16, as long as it lives."""
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and out.dtype == torch.bfloat16:
+            self.found.append((weakref.ref(out.untyped_storage()), args[0].data_ptr(), out.nbytes))
+        return out
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_checkpointed_memory_counts_the_weights_that_autocast_rounds(rank):
+    model = tiny("llama")
+    if rank:
+        train.adapt(model, rank, low=True)
+    layers = {m.weight.data_ptr(): m.weight.numel() for m in train.linear_layers(model)}
+    train.checkpoint_blocks(model)
+    model.set_attn_implementation("pair_attention")
+    with torch.autocast("cpu", torch.bfloat16):
+        with Rounded() as rounded:
+            states = train.response_states(model.base_model, model, train.collate(examples_of()))
+        alive = sum(n for storage, source, n in rounded.found if storage() is not None and source in layers)
+    assert alive == (0 if rank else 2 * sum(layers.values())) and states.requires_grad
+    found = []
+    for checkpointed in (False, True):
+        found.append(train.memory_needs(model, None, examples_of(), "flex", True, False, checkpointed)[1])
+    inputs = 2 * 4 * 32 * sum(map(train.size, examples_of()))
+    assert found[1]["activations"] == approx((found[0]["activations"] - alive) / 2 + alive + inputs)
+
+
 @pytest.mark.parametrize("rank, low", [(0, False), (0, True), (3, True)])
 def test_memory_is_counted_before_it_is_taken(rank, low):
     """What the pass of a step keeps, counted without data, is what the real one keeps."""
@@ -880,7 +938,11 @@ def test_memory_is_counted_before_it_is_taken(rank, low):
     # two processes share what stays
     half, parts = train.memory_needs(model, ref, examples, "pairs", low, True, False, world=2)
     assert half == sum(parts.values()) and parts["loss"] == needs["loss"]
-    assert all(parts[key] == needs[key] / 2 for key in ("weights", "gradients", "optimizer", "reference"))
+    assert all(parts[key] == needs[key] / 2 for key in ("gradients", "optimizer"))
+    # but for embeddings, output layer and last norm, which stay gathered
+    outside = sum(p.nbytes for m in (model.model.embed_tokens, model.lm_head, model.model.norm) for p in m.parameters())
+    for key in ("weights", "reference"):
+        assert parts[key] == (needs[key] + outside) / 2
     # FlexAttention keeps no scores, so its passes grow with their tokens
     rows = [10 * examples_of()[:n] for n in (1, 2)]
     a, b = [train.memory_needs(model, ref, row, "flex", low, False, False)[1]["activations"] for row in rows]
@@ -900,6 +962,17 @@ def test_what_cannot_fit_is_told_what_would_help():
                           (dict(micro_tokens=500), [helps[0], *helps[2:]])):
         said = train.too_large(29 * gib, 24 * gib, {**run, **options}, 500)
         assert [x for x in helps if x in said] == left and said.endswith("a smaller model")
+
+
+def on_a_small_card():
+    sample.DEVICES.insert(0, "cuda")
+    torch.cuda.get_device_properties = lambda device: argparse.Namespace(total_memory=2**20)
+
+
+def test_a_run_that_cannot_fit_ends_before_it_takes_a_gpu(runs):
+    said = says(1, r"error: a step takes about 0\.0 GiB, and the GPU has 0\.0; .*--lora_rank=16.*weights 0\.00",
+                "train.py", *on_pairs("small", "--device=cuda"), before=on_a_small_card)
+    assert "memory: " not in said and not os.path.exists("small/state.pt")
 
 
 def test_checkpointing_is_refused_where_a_model_names_no_blocks(runs, words):
@@ -988,6 +1061,14 @@ def test_adapters_go_on_with_the_weights_that_they_were_put_on(runs):
         model.transformer.h[0].mlp.c_fc.weight += 0.1
     model.save_pretrained("base")
     says(1, "the data or the model that the run", "train.py", "--resume=True", "--out_dir=moved", "--max_steps=4")
+    # adapters of other names, as of another version of transformers, are not dropped
+    trained("renamed", *LORA, "--max_steps=2")
+    state = torch.load("renamed/state.pt")
+    state["weights"] = {name.replace("transformer.", "model."): x for name, x in state["weights"].items()}
+    torch.save(state, "renamed/state.pt")
+    before = open("renamed/state.pt", "rb").read()
+    says(1, "is of another model: .*Missing key.*transformer.h.0", "train.py", "--resume=True", "--out_dir=renamed", "--max_steps=4")
+    assert open("renamed/state.pt", "rb").read() == before
 
 
 def test_adapters_are_refused_where_several_processes_share_a_model(runs):
@@ -995,10 +1076,23 @@ def test_adapters_are_refused_where_several_processes_share_a_model(runs):
     assert all(codes) and "--lora_rank works in one process" in out and "Traceback" not in out, out
 
 
+def counting_checkpoints():
+    inner = torch.utils.checkpoint.checkpoint
+
+    def counted(*args, **options):
+        with open("checkpoints", "a") as f:
+            f.write(".")
+        return inner(*args, **options)
+    torch.utils.checkpoint.checkpoint = counted
+
+
 def test_options_for_larger_models_change_rate_and_memory_alone(runs):
-    plain, checkpointed = [trained(name, "--max_steps=3", f"--checkpoint_activations={name == 'again'}")
-                           for name in ("once", "again")]
-    same_run(plain, checkpointed)
+    for name in ("once", "again"):
+        trained(name, "--max_steps=3", f"--checkpoint_activations={name == 'again'}", before=counting_checkpoints)
+        # two blocks, in each step a pass at least
+        count = os.path.getsize("checkpoints") if os.path.exists("checkpoints") else 0
+        assert count >= 2 * 3 if name == "again" else count == 0
+    same_run("once", "again")
     for options, rate in (([], 5e-5), (["--learning_rate=1e-6"], 1e-6)):
         run = train.configure(["--lora_rank=4", "--data=hh", "--init_from=x", "--out_dir=x", *options])
         assert run["learning_rate"] == approx(rate)
@@ -2528,7 +2622,7 @@ def whole(hidden, weight, ref_hidden, ref_weight, labels, pair, chosen):
 
 
 def products(hidden, weight, ref_hidden, *_):
-    """The floor: the fused form's four products alone, in its chunks and dtypes."""
+    """The floor: the fused form's four products alone, in its chunks and dtypes, and the rounding between them."""
     low, rows, wide = weight.bfloat16(), tdpo.CHUNK_ROWS if hidden.is_cuda else tdpo.CHUNK_ROWS // 8, torch.float32
     w, d_weight = low if hidden.is_cuda else weight, torch.zeros_like(weight)
     with torch.autocast(hidden.device.type, enabled=False), torch.backends.mkldnn.flags(None, None, None, "bf16"):
@@ -2543,8 +2637,9 @@ FORMS = dict(products=products, fused=tdpo.fused_tdpo_loss, unfused=whole)
 
 
 def bench_one(form, N, V, d):
-    """A row of the table: the median of 3 runs after a warm-up, and the peak memory beyond that of the inputs. N tokens
-    in pairs of 2 x 64, fp32 weights, a policy a little off its reference."""
+    """A row of the table: the median of 3 runs after a warm-up, and the peak memory, on a GPU beyond that of the inputs,
+    on a CPU beyond that of a pass over 256 tokens, which has the weights' gradient, too. N tokens in pairs of
+    2 x 64, fp32 weights, a policy a little off its reference."""
     device, g, token, times = sample.DEVICES[0], torch.Generator().manual_seed(0), torch.arange(N), []
     hidden, noise = torch.randn(2, N, d, generator=g).unbind()
     weight, labels = torch.randn(V, d, generator=g) * 2 / d**0.5, torch.randint(0, V, (N,), generator=g)
@@ -2562,6 +2657,11 @@ def bench_one(form, N, V, d):
         times.append(time.perf_counter() - began)
     once(cast([x[:256] if len(x) == N else x for x in case], torch.float32))    # compiling does not count as memory
     before = train.peak_gib(device)
+    if device == "cuda":
+        for x in case:
+            x.grad = None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 2**30
     for _ in range(4):
         once(case)
     seconds = float(np.median(times[2:]))
@@ -2575,7 +2675,8 @@ def show(*cells):
 def last_json(*command):
     """What a process of this file prints last."""
     path = os.path.join(HERE, "test_tdpo.py")
-    done = subprocess.run([sys.executable, path, *map(str, command)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, path, *map(str, command)], capture_output=True, text=True,
+                          timeout=Run.seconds)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -2590,7 +2691,7 @@ def bench_layer(*sizes):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the day a GPU is there: python test_tdpo.py gpu FOLDER measures all that needs one. It writes gpu.json and gpu.md
-# after each item, and goes on where it was stopped
+# after each item, and goes on where it was stopped, on the same card; what it does not reach in time it says
 
 
 GPU_MODELS = {
@@ -2680,26 +2781,35 @@ def by_trl(model, path, steps, batch, rank):
 
 # the goals on an H100
 GOALS = {"ratio": 3, "mfu": 0.5, "tflops": 500}
+MINUTES = 25
 
 
 def gpu_day(folder, toy=False):
     """{item: what was measured}, also in folder/gpu.json; an item that fails says why, and the others go on."""
+    if not toy and not torch.cuda.is_available():
+        sys.exit(f"error: torch {torch.__version__} sees no GPU here, which is what the day is for")
     os.makedirs(folder, exist_ok=True)
-    Run.seconds = 900           # a GPU's kernels are compiled first
+    deadline = time.time() + 60 * MINUTES
     steps, batch, models, sizes, V_of_layer = 12, 64, GPU_MODELS, (8192, 1024), (50257, 128256, 151936)
     if toy:
         steps, batch, models, sizes, V_of_layer = 5, 8, TOY_MODELS, (128, 32), (2048,)
     with contextlib.chdir(folder):
-        found = {}
-        if os.path.exists("gpu.json"):
-            found = json.load(open("gpu.json"))
         card = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        found["device"] = dict(card=card, torch=torch.__version__, transformers=hf.__version__)
+        found = {"device": dict(card=card, torch=torch.__version__, transformers=hf.__version__)}
+        if os.path.exists("gpu.json"):
+            before = json.load(open("gpu.json"))
+            if before["device"] != found["device"]:
+                sys.exit(f"error: {folder} is of {before['device']}, this is {found['device']}: name another folder")
+            found = before
 
         def item(name, measure, *args, **options):
             if "failed" in found.get(name, ["failed"]):
                 began = time.time()
+                # a GPU's kernels are compiled first
+                Run.seconds = max(1, deadline - began)
                 try:
+                    if began > deadline:
+                        raise TimeoutError(f"not reached in {MINUTES} minutes: start it again")
                     found[name] = measure(*args, **options)
                 except (Exception, pytest.fail.Exception) as error:
                     found[name] = dict(failed=f"{type(error).__name__} {error}"[-2000:])
@@ -2733,10 +2843,11 @@ def gpu_day(folder, toy=False):
                 if importlib.util.find_spec("trl"):
                     item(f"{name}, rank {rank}, TRL", last_json, "trl", name, path, steps, batch, rank)
         # the last model in other ways
-        options = f"--batch_size={batch}", "--compile=False"
-        item(f"{name}, rank 0, not compiled", ours, name, path, steps, *options)
-        item(f"{name}, rank 0, checkpointed", ours, name, path, steps, *options, "--checkpoint_activations=True")
-        item("profile", profile_of, name, path, options[0])
+        size = f"--batch_size={batch}"
+        item(f"{name}, rank 0, not compiled", ours, name, path, steps, size, "--compile=False")
+        item(f"{name}, rank 0, checkpointed", ours, name, path, steps, size, "--compile=True",
+             "--checkpoint_activations=True", **how)
+        item("profile", profile_of, name, path, size)
     return found
 
 
@@ -2787,14 +2898,15 @@ def profile_of(name, path, *options):
 def suite():
     """The tests that take a GPU; one that is skipped is no success."""
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-k", "test_gpu", __file__], capture_output=True,
-                          text=True)
+                          text=True, timeout=Run.seconds)
     said = done.stdout.splitlines()[-1]
     if done.returncode or "passed" not in said or "skipped" in said:
         raise RuntimeError(done.stdout[-2000:])
     return dict(said=said)
 
 
-def test_the_day_a_gpu_is_there_works_at_toy_sizes(tmp_path):
+def test_the_day_a_gpu_is_there_works_at_toy_sizes(tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "seconds", Run.seconds)
     found = gpu_day(str(tmp_path / "day"), toy=True)
     assert not [name for name, values in found.items() if "failed" in values], found
     # a GPU computes in bf16
@@ -2809,6 +2921,18 @@ def test_the_day_a_gpu_is_there_works_at_toy_sizes(tmp_path):
     (fused,) = [line for line in table if "fused" in line]
     assert "under the goal of 500" in fused
     assert sum(" of a step: " in line for line in lines) == 5
+    # what another card has measured is not taken for this one's
+    found["device"]["card"] = "another"
+    (tmp_path / "day" / "gpu.json").write_text(json.dumps(found))
+    with pytest.raises(SystemExit, match="another"):
+        gpu_day(str(tmp_path / "day"), toy=True)
+
+
+def test_a_gpu_day_ends_in_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "seconds", Run.seconds)
+    monkeypatch.setattr(sys.modules[__name__], "MINUTES", 0)
+    found = gpu_day(str(tmp_path / "day"), toy=True)
+    assert len(found) > 5 and all("not reached" in x["failed"] for name, x in found.items() if name != "device")
 
 
 def test_a_gpu_day_compares_with_trl_and_says_what_falls_short():

@@ -729,6 +729,12 @@ def adapt(model, rank, low):
             parametrize.register_parametrization(layer, "weight", Adapter(layer.weight, rank), unsafe=True)
     if rank and not layers:
         sys.exit(f"error: --lora_rank={rank}: {type(model).__name__} has no blocks with linear layers; leave it out")
+    # transformers keeps experts as one tensor
+    inside = sum(p.numel() for block in blocks_of(model) for p in block.parameters() if not p.requires_grad)
+    adapted = sum(layer.parametrizations.weight.original.numel() for layer in layers if rank)
+    if rank and adapted < 0.5 * inside:
+        print(f"note: adapters reach {adapted / inside:.0%} of the blocks' weights; the others, say experts, are no "
+              "linear layers: they stay as they are, in fp32")
 
 
 AttentionInterface.register("pair_attention", pair_attention)
@@ -1033,26 +1039,31 @@ def memory_needs(model, ref, examples, attention, low, adamw, checkpointed, worl
         for x in kept.values():
             n = x.nbytes()
             activations += math.ceil(n / page) * page if n >= page else n
-    # the inputs of all blocks, and one block at a time
+    # the inputs of all blocks, and one block at a time; but autocast keeps its bf16 copies of all trained weights
     if checkpointed and kept:
         blocks = len(blocks_of(model))
-        activations = activations / blocks + blocks * 4 * batch["ids"].numel() * output.shape[1]
+        copies = 0
+        if low and not rank:
+            copies = 2 * sum(layer.weight.numel() for layer in linear_layers(model))
+        activations = max((activations - copies) / blocks, 0) + copies
+        activations += blocks * 4 * batch["ids"].numel() * output.shape[1]
 
-    needs = {"weights": sum(p.nbytes for p in model.parameters()), "gradients": trained}
-    needs["optimizer"] = trained * (2 if adamw else 1)
-    needs["reference"] = 0
-    if ref is not None:
-        needs["reference"] = sum(p.nbytes for p in ref.parameters() if id(p) not in owned)
-    needs["activations"] = activations
+    # FSDP spreads the blocks; what is in none stays gathered once it was, as the loss takes the output layer
+    needs = {"weights": 0, "gradients": trained / world, "optimizer": trained * (2 if adamw else 1) / world,
+             "reference": 0, "activations": activations}
+    for name, m in (("weights", model), ("reference", ref)):
+        if m is None:
+            continue
+        inside = {id(p) for block in blocks_of(m) for p in block.parameters()}
+        for p in m.parameters():
+            if name == "weights" or id(p) not in owned:
+                needs[name] += p.nbytes / (world if id(p) in inside else 1)
     # three logits of a chunk of tokens; the output layer's gradient and a chunk's part of it; in bf16 the layers
     rows = CHUNK_ROWS if attention == "flex" else CHUNK_ROWS // 8
     needs["loss"] = 3 * 4 * min(rows, len(batch["labels"])) * len(output) + 8 * output.numel() * output.requires_grad
     needs["loss"] += 4 * output.numel() * low
-    # what stays is spread over the processes; the rest comes and goes, in a pass or in the optimizer's step
-    stays = 0
-    for name in ("weights", "gradients", "optimizer", "reference"):
-        needs[name] /= world
-        stays += needs[name]
+    # this stays; the rest comes and goes, in a pass or in the optimizer's step
+    stays = needs["weights"] + needs["gradients"] + needs["optimizer"] + needs["reference"]
     return stays + max(needs["activations"] + needs["loss"], trained / world), needs
 
 
@@ -1275,7 +1286,8 @@ if __name__ == "__main__":
 
     if device != "cuda":
         # the process has these already, whole, and libraries and what came before besides
-        needed += peak_gib("cpu") * 2**30 - world * (needs["weights"] + needs["reference"])
+        here = {id(p): p.nbytes for m in models.values() for p in m.parameters()}
+        needed += peak_gib("cpu") * 2**30 - sum(here.values())
     print(f"memory: about {needed / 2**30:.2f} of {there / 2**30:.1f} GiB ({shares})", flush=True)
     if not needs["activations"]:
         print("note: that is without activations, which this model's layers do not tell before they have data")
@@ -1291,10 +1303,16 @@ if __name__ == "__main__":
         if state["fingerprint"] != digest:
             sys.exit(f"error: the data or the model that the run in {out_dir} began with is another now; give back "
                      "what it was, or start another --out_dir")
+        # of a model with adapters it holds these alone
+        weights = state["weights"]
+        if lora_rank:
+            frozen = {name: x for name, x in model.state_dict().items() if not name.endswith((".0.A", ".0.B"))}
+            weights = {**frozen, **weights}
         try:
-            model.load_state_dict(state["weights"], strict=not lora_rank)
+            model.load_state_dict(weights)
         except RuntimeError as error:
-            sys.exit(f"error: the checkpoint in {out_dir} is of another model: {str(error).splitlines()[0]}")
+            said = " ".join(str(error).split())[:300]
+            sys.exit(f"error: the checkpoint in {out_dir} is of another model: {said}")
     if world > 1 and rank == 0:
         dist.barrier()
 
