@@ -2524,6 +2524,7 @@ def runs_of(name):
 
 
 @pytest.mark.parametrize("name, levels, betas", [("reviews", [0.3, 0.75, 1, 2], ("", " β=0.3", " β=1", " β=3")),
+                                                 ("reviews-half", [0.3, 0.75, 1, 2], ()),
                                                  ("imdb", [0.25, 0.5, 1], ("", " β=0.3", " β=1")),
                                                  ("imdb-second", [0.25, 0.5, 1], ("", " β=0.3", " β=1"))])
 def test_tables_are_those_of_the_data(name, levels, betas):
@@ -2557,15 +2558,22 @@ def test_what_is_said_of_the_results_is_in_the_data():
     rewards = [float(line.split(" | ")[3].split()[0]) for line in lines]
     assert rewards == sorted(rewards)
     # what the text says of the ends: of the line between two others', in each seed
-    for label, low, high in (("tdpo2 α=0.25", "dpo β=1", "dpo β=0.3"), ("tdpo2 α=0.5", "dpo β=1", "dpo β=0.3"),
-                             ("tdpo2 α=1", "dpo β=3", "dpo β=1")):
+    ended = {**groups, **eval_imdb.by_label(runs_of("reviews-half.json.gz"))}
+    for label, low, high, said in (
+        ("tdpo2 α=0.25", "dpo β=1", "dpo β=0.3", "α 0.25 is {} above, α 0.5"),
+        ("tdpo2 α=0.5", "dpo β=1", "dpo β=0.3", "α 0.5 {} and α 1"), ("tdpo2 α=1", "dpo β=3", "dpo β=1", "α 1 {} (in"),
+        ("dpo β=0.5", "dpo β=1", "dpo β=0.3", "({} off it)"),
+        ("tdpo2 α=0.25", "dpo β=0.5", "dpo β=0.3", "α 0.25 is {} above the line between β 0.5 and 0.3"),
+        ("tdpo2 α=0.5", "dpo β=1", "dpo β=0.5", "α 0.5 {} above that between β 1 and 0.5, in each of eight seeds"),
+    ):
         above = []
         for seed in range(1, 9):
             (k, r), (k0, r0), (k1, r1) = [(x["sample_rkl"], x["reward"]) for y in (label, low, high)
-                                          for x in groups[y] if x["seed"] == seed]
+                                          for x in ended[y] if x["seed"] == seed]
             above.append(r - r0 - (r1 - r0) * (k - k0) / (k1 - k0))
-        text = f"{np.mean(above):.3f} ± {2.365 * np.std(above, ddof=1) / 8**0.5:.3f}"
-        assert text in results, text
+        text = f"{abs(np.mean(above)):.3f} ± {2.365 * np.std(above, ddof=1) / 8**0.5:.3f}"
+        assert said.format(text) in " ".join(results.split()), text
+        assert label == "dpo β=0.5" or "each" not in said or min(above) > 0
     kls = {label: np.mean([[r["curves"][-1][x] for x in ("kl_w", "kl_l", "kl_gap")] for r in runs], 0)
            for label, runs in groups.items()}
     some = [kls[label] for label in ("dpo", "tdpo2 α=0.5", "dpo β=1")]
