@@ -13,6 +13,7 @@ import glob
 import html
 import gzip
 import importlib.util
+import itertools
 import json
 import logging
 import math
@@ -2534,6 +2535,16 @@ def test_tables_are_those_of_the_data(name, levels, betas):
     assert all("\n".join(lines) in results for lines in tables)
 
 
+def above_the_line(groups, label, low, high):
+    """Of each seed the last reward, less that of the straight line between the ends of two others."""
+    above = []
+    for seed in range(1, len(groups[label]) + 1):
+        (k, r), (k0, r0), (k1, r1) = [(x["sample_rkl"], x["reward"]) for y in (label, low, high)
+                                      for x in groups[y] if x["seed"] == seed]
+        above.append(r - r0 - (r1 - r0) * (k - k0) / (k1 - k0))
+    return above
+
+
 def test_what_is_said_of_the_results_is_in_the_data():
     results, readme = text_of("assets/RESULTS.md"), text_of("README.md")
     study, levels = runs_of("reviews.json.gz"), [0.3, 0.75, 1, 2]
@@ -2559,6 +2570,7 @@ def test_what_is_said_of_the_results_is_in_the_data():
     assert rewards == sorted(rewards)
     # what the text says of the ends: of the line between two others', in each seed
     ended = {**groups, **eval_imdb.by_label(runs_of("reviews-half.json.gz"))}
+    flat = " ".join(results.split())
     for label, low, high, said in (
         ("tdpo2 α=0.25", "dpo β=1", "dpo β=0.3", "α 0.25 is {} above, α 0.5"),
         ("tdpo2 α=0.5", "dpo β=1", "dpo β=0.3", "α 0.5 {} and α 1"), ("tdpo2 α=1", "dpo β=3", "dpo β=1", "α 1 {} (in"),
@@ -2566,14 +2578,31 @@ def test_what_is_said_of_the_results_is_in_the_data():
         ("tdpo2 α=0.25", "dpo β=0.5", "dpo β=0.3", "α 0.25 is {} above the line between β 0.5 and 0.3"),
         ("tdpo2 α=0.5", "dpo β=1", "dpo β=0.5", "α 0.5 {} above that between β 1 and 0.5, in each of eight seeds"),
     ):
-        above = []
-        for seed in range(1, 9):
-            (k, r), (k0, r0), (k1, r1) = [(x["sample_rkl"], x["reward"]) for y in (label, low, high)
-                                          for x in ended[y] if x["seed"] == seed]
-            above.append(r - r0 - (r1 - r0) * (k - k0) / (k1 - k0))
+        above = above_the_line(ended, label, low, high)
         text = f"{abs(np.mean(above)):.3f} ± {2.365 * np.std(above, ddof=1) / 8**0.5:.3f}"
-        assert said.format(text) in " ".join(results.split()), text
+        assert said.format(text) in flat, text
         assert label == "dpo β=0.5" or "each" not in said or min(above) > 0
+    # IMDb: all level
+    study, second = runs_of("imdb.json.gz"), runs_of("imdb-second.json.gz")
+    groups, halves, wide = eval_imdb.by_label(study), [], []
+    for base in ("dpo", "dpo β=0.3", "dpo β=1"):
+        others = {run["pair"]: run for run in groups[base]}
+        for label, level in itertools.product(groups.keys() - {base}, (0.25, 0.5, 1)):
+            found, _ = eval_imdb.compare(groups[label], others, level)
+            if found is not None:
+                _, low, high, t = found
+                assert low <= 0 <= high
+                halves.append((high - low) / 2)
+                wide.append(t)
+    assert f"half widths are {min(halves):.3f} to {max(halves):.3f}" in flat and max(halves) < 0.025
+    assert f"three seeds make wide, {min(wide):.3f} to {max(wide):.3f};" in flat
+    above = above_the_line(groups, "tdpo2 α=0.5", "dpo β=1", "dpo β=0.3")
+    assert f"{np.mean(above):.3f} ± {4.303 * np.std(above, ddof=1) / 3**0.5:.3f} above the line" in flat
+    rewards = {(r["label"], r["seed"], e["step"]): e["rewards"] for r in study for e in r["evals"]}
+    both = [(rewards.pop((r["label"], r["seed"], e["step"])), e["rewards"]) for r in second for e in r["evals"]]
+    correlations = [np.corrcoef(x, y)[0, 1] for x, y in both]
+    assert not rewards and f"{np.mean(correlations):.3f} (the mean of {len(both)} evaluations" in flat
+    groups = eval_imdb.by_label(runs_of("reviews.json.gz"))
     kls = {label: np.mean([[r["curves"][-1][x] for x in ("kl_w", "kl_l", "kl_gap")] for r in runs], 0)
            for label, runs in groups.items()}
     some = [kls[label] for label in ("dpo", "tdpo2 α=0.5", "dpo β=1")]
