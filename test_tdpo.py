@@ -1068,7 +1068,8 @@ def test_adapters_go_on_with_the_weights_that_they_were_put_on(runs):
     state["weights"] = {name.replace("transformer.", "model."): x for name, x in state["weights"].items()}
     torch.save(state, "renamed/state.pt")
     before = open("renamed/state.pt", "rb").read()
-    says(1, "is of another model: .*Missing key.*transformer.h.0", "train.py", "--resume=True", "--out_dir=renamed", "--max_steps=4")
+    says(1, "is of another model: .*Missing key.*transformer.h.0", "train.py", "--resume=True", "--out_dir=renamed",
+         "--max_steps=4")
     assert open("renamed/state.pt", "rb").read() == before
 
 
@@ -2675,8 +2676,8 @@ FORMS = dict(products=products, fused=tdpo.fused_tdpo_loss, unfused=whole)
 
 def bench_one(form, N, V, d):
     """A row of the table: the median of 3 runs after a warm-up, and the peak memory, on a GPU beyond that of the inputs,
-    on a CPU beyond that of a pass over 256 tokens, which has the weights' gradient, too. N tokens in pairs of
-    2 x 64, fp32 weights, a policy a little off its reference."""
+    on a CPU beyond that of a pass over 256 tokens, which has the weights' gradient. N tokens in pairs of 2 x 64, fp32
+    weights, a policy a little off its reference."""
     device, g, token, times = sample.DEVICES[0], torch.Generator().manual_seed(0), torch.arange(N), []
     hidden, noise = torch.randn(2, N, d, generator=g).unbind()
     weight, labels = torch.randn(V, d, generator=g) * 2 / d**0.5, torch.randint(0, V, (N,), generator=g)
