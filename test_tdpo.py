@@ -2675,7 +2675,7 @@ FORMS = dict(products=products, fused=tdpo.fused_tdpo_loss, unfused=whole)
 
 
 def bench_one(form, N, V, d):
-    """A row of the table: the median of 3 runs after a warm-up, and the peak memory, on a GPU beyond that of the inputs,
+    """A row of the table: the median of 3 runs after a warm-up, and the peak memory, on a GPU beyond the inputs,
     on a CPU beyond that of a pass over 256 tokens, which has the weights' gradient. N tokens in pairs of 2 x 64, fp32
     weights, a policy a little off its reference."""
     device, g, token, times = sample.DEVICES[0], torch.Generator().manual_seed(0), torch.arange(N), []
