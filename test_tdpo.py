@@ -2574,18 +2574,32 @@ def test_what_is_said_of_the_results_is_in_the_data():
     flat = " ".join(results.split())
     for label, low, high, said in (
         ("tdpo2 α=0.25", "dpo β=1", "dpo β=0.3", "α 0.25 is {} above, α 0.5"),
-        ("tdpo2 α=0.5", "dpo β=1", "dpo β=0.3", "α 0.5 {} and α 1"), ("tdpo2 α=1", "dpo β=3", "dpo β=1", "α 1 {} (in"),
+        ("tdpo2 α=0.5", "dpo β=1", "dpo β=0.3", "α 0.5 {} and α 1"),
+        ("tdpo2 α=1", "dpo β=3", "dpo β=1", "α 1 {} (computed"),
         ("dpo β=0.5", "dpo β=1", "dpo β=0.3", "({} off it)"),
         ("tdpo2 α=0.25", "dpo β=0.5", "dpo β=0.3", "α 0.25 is {} above the line between β 0.5 and 0.3"),
-        ("tdpo2 α=0.5", "dpo β=1", "dpo β=0.5", "α 0.5 {} above that between β 1 and 0.5, in each of eight seeds"),
+        ("tdpo2 α=0.5", "dpo β=1", "dpo β=0.5", "α 0.5 {} above that between β 1 and 0.5, positive in each"),
     ):
         above = above_the_line(ended, label, low, high)
         text = f"{abs(np.mean(above)):.3f} ± {2.365 * np.std(above, ddof=1) / 8**0.5:.3f}"
         assert said.format(text) in flat, text
-        assert label == "dpo β=0.5" or "each" not in said or min(above) > 0
+        assert "each" not in said or min(above) > 0
+    # beside beta 0.5, at equal KL, where the means of all prefixes cross it
+    texts = []
+    for label, level in (("tdpo2 α=0.25", 2), *(("tdpo2 α=0.5", level) for level in (0.3, 0.75, 1))):
+        found = []
+        for other in (label, "dpo β=0.5"):
+            runs = sorted(ended[other], key=lambda run: run["seed"])
+            kls, rewards = [np.array([[e[x] for e in r["evals"]] for r in runs]) for x in ("sample_rkl", "reward")]
+            found.append(eval_imdb.reward_at(kls, rewards, level))
+        less = found[0] - found[1]
+        texts.append(f"{abs(less.mean()):.3f} ± {2.365 * less.std(ddof=1) / 8**0.5:.3f}")
+    assert f"is there {texts[0]} above α 0.25" in flat and "α 0.5 is {}, {} and {} above".format(*texts[1:]) in flat
+    starts = {r["seed"]: r["evals"][0]["reward"] for r in groups["dpo"]}
+    assert starts == {r["seed"]: r["evals"][0]["reward"] for r in ended["dpo β=0.5"]}
     # IMDb: all level
     study, second = runs_of("imdb.json.gz"), runs_of("imdb-second.json.gz")
-    groups, halves, wide = eval_imdb.by_label(study), [], []
+    groups, halves, wide, largest = eval_imdb.by_label(study), [], [], 0
     for base in ("dpo", "dpo β=0.3", "dpo β=1"):
         others = {run["pair"]: run for run in groups[base]}
         for label, level in itertools.product(groups.keys() - {base}, (0.25, 0.5, 1)):
@@ -2595,14 +2609,27 @@ def test_what_is_said_of_the_results_is_in_the_data():
                 assert low <= 0 <= high
                 halves.append((high - low) / 2)
                 wide.append(t)
+                largest = max(largest, abs(found[0]))
     assert f"half widths are {min(halves):.3f} to {max(halves):.3f}" in flat and max(halves) < 0.025
-    assert f"three seeds make wide, {min(wide):.3f} to {max(wide):.3f};" in flat
+    assert f"wider with three seeds ({min(wide):.3f} to {max(wide):.3f})" in flat and max(wide) < 0.06
+    assert f"The largest is {largest:.3f}" in flat and f"all within {largest:.3f}, ± 0.06 at most" in readme
     above = above_the_line(groups, "tdpo2 α=0.5", "dpo β=1", "dpo β=0.3")
-    assert f"{np.mean(above):.3f} ± {4.303 * np.std(above, ddof=1) / 3**0.5:.3f} above the line" in flat
+    text = f"{np.mean(above):.3f} ± {4.303 * np.std(above, ddof=1) / 3**0.5:.3f} above"
+    assert text + " the line" in flat and text in " ".join(readme.split())
     rewards = {(r["label"], r["seed"], e["step"]): e["rewards"] for r in study for e in r["evals"]}
     both = [(rewards.pop((r["label"], r["seed"], e["step"])), e["rewards"]) for r in second for e in r["evals"]]
     correlations = [np.corrcoef(x, y)[0, 1] for x, y in both]
     assert not rewards and f"{np.mean(correlations):.3f} (the mean of {len(both)} evaluations" in flat
+    gains = []
+    for runs in (study, second):
+        runs = [r for r in runs if r["label"] == "dpo"]
+        gain = [r["reward"] - r["evals"][0]["reward"] for r in runs]
+        spread = [np.std(r["evals"][0]["rewards"], ddof=1) for r in runs]
+        gains.append((np.mean(gain), np.mean(spread), np.mean(np.divide(gain, spread))))
+    first, other = gains
+    assert f"(DPO {other[0]:.3f} of {first[0]:.3f}); as" in flat
+    assert f"({other[1]:.2f} against {first[1]:.2f} among" in flat
+    assert f"gains {other[2]:.2f} by it and {first[2]:.2f} by" in flat
     groups = eval_imdb.by_label(runs_of("reviews.json.gz"))
     kls = {label: np.mean([[r["curves"][-1][x] for x in ("kl_w", "kl_l", "kl_gap")] for r in runs], 0)
            for label, runs in groups.items()}
@@ -2612,7 +2639,7 @@ def test_what_is_said_of_the_results_is_in_the_data():
                     (2, "the gap {:.1f}, {:.1f} and {:.1f} (")):
         assert text.format(*[x[n] for x in some]) in said
     assert "that of the chosen is {:.1f} for TDPO1 and {:.1f} for DPO".format(kls["tdpo1"][0], some[0][0]) in said
-    old = json.loads(text_of("assets/imdb.json"))
+    old = json.loads(text_of("assets/imdb-two-seeds.json"))
     assert "\n".join(eval_imdb.table(eval_imdb.references(old) + old, [])) in results
     for r in json.loads(text_of("assets/hh.json")):
         t, cells = eval_imdb.T975[r["prompts"] - 2], []
