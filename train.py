@@ -729,12 +729,6 @@ def adapt(model, rank, low):
             parametrize.register_parametrization(layer, "weight", Adapter(layer.weight, rank), unsafe=True)
     if rank and not layers:
         sys.exit(f"error: --lora_rank={rank}: {type(model).__name__} has no blocks with linear layers; leave it out")
-    # transformers keeps experts as one tensor
-    inside = sum(p.numel() for block in blocks_of(model) for p in block.parameters() if not p.requires_grad)
-    adapted = sum(layer.parametrizations.weight.original.numel() for layer in layers if rank)
-    if rank and adapted < 0.5 * inside:
-        print(f"note: adapters reach {adapted / inside:.0%} of the blocks' weights; the others, say experts, are no "
-              "linear layers: they stay as they are, in fp32")
 
 
 AttentionInterface.register("pair_attention", pair_attention)
@@ -1039,11 +1033,12 @@ def memory_needs(model, ref, examples, attention, low, adamw, checkpointed, worl
         for x in kept.values():
             n = x.nbytes()
             activations += math.ceil(n / page) * page if n >= page else n
-    # the inputs of all blocks, and one block at a time; but autocast keeps its bf16 copies of all trained weights
+    # the inputs of all blocks, and one block at a time; but autocast keeps its bf16 copies of all trained weights,
+    # where FSDP does not gather them in bf16 block by block
     if checkpointed and kept:
         blocks = len(blocks_of(model))
         copies = 0
-        if low and not rank:
+        if low and not rank and world == 1:
             copies = 2 * sum(layer.weight.numel() for layer in linear_layers(model))
         activations = max((activations - copies) / blocks, 0) + copies
         activations += blocks * 4 * batch["ids"].numel() * output.shape[1]
@@ -1232,6 +1227,12 @@ if __name__ == "__main__":
     # adapters on the policy; and weights that autocast rounds anyway need no more than bf16
     if lora_rank:
         torch.manual_seed(seed)
+        # transformers keeps experts as one tensor
+        inside = sum(p.numel() for block in blocks_of(model) for p in block.parameters())
+        reached = sum(layer.weight.numel() for layer in linear_layers(model))
+        if reached < 0.5 * inside:
+            print(f"note: adapters reach {reached / inside:.0%} of the blocks' weights; the others, say experts, are "
+                  "no linear layers: they stay as they are, in fp32")
         adapt(model, lora_rank, dtype == "bfloat16")
     if not sft and lora_rank and not ref_from:
         # the same model and weights, its adapters off
