@@ -260,7 +260,7 @@ def encode_prompt(tokenizer, text):
 
 
 def prompt_text(tokenizer, place, row, as_chat=False):
-    """A row's prompt as text. The chat template renders messages (with the row's system and tools), and text if as_chat.
+    """A row's prompt as text. The chat template renders messages (with the row's system and tools), or text if as_chat.
     Exits if the row has neither. place: the row's name in errors."""
     prompt = row.get("prompt")
     if not isinstance(prompt, (str, list)):

@@ -58,4 +58,4 @@ for folder in sys.argv[1:]:
         # the text that was scored is that of these tokens
         assert row["response"] in tokenizer.decode(ids, skip_special_tokens=True), row
         print(folder, {name: (round(x, 4), row[name]) for name, x in found.items()})
-print("largest differences, absolute, or relative if the value is above 1:", {name: f"{x:.1e}" for name, x in worst.items()})
+print("largest differences (relative, if the value is above 1):", {name: f"{x:.1e}" for name, x in worst.items()})

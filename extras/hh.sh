@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Table 1 in small: MODEL is SmolLM2-135M-Instruct's directory, hh_helpful_{train,test}.jsonl hold Anthropic HH's pairs as
+# A small Table 1: MODEL is SmolLM2-135M-Instruct's directory, hh_helpful_{train,test}.jsonl hold pairs of Anthropic HH as
 # lines of prompt, chosen, rejected. A second start skips the runs that have finished and resumes those that have saved.
 #
 #     MODEL=models/smollm2 bash extras/hh.sh
