@@ -164,6 +164,7 @@ def read_prompts(path, count=0):
         sys.exit(f"error: cannot read {path}: {error}")
 
     rows = []
+    form = "JSON" if name.endswith(".jsonl") else "UTF-8"
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -171,13 +172,11 @@ def read_prompts(path, count=0):
             break
         place = f"{path} line {number}"
         try:
-            row = line.decode("utf-8-sig")
-            if name.endswith(".jsonl"):
-                row = json.loads(row)
+            row = {"prompt": line.decode("utf-8-sig")}
+            if form == "JSON":
+                row = json.loads(row["prompt"])
         except (ValueError, RecursionError) as error:
-            sys.exit(f"error: {place} is not JSON or not UTF-8: {error}")
-        if name.endswith(".txt"):
-            row = {"prompt": row}
+            sys.exit(f"error: {place} is not {form}: {error}")
         if not isinstance(row, dict):
             sys.exit(f"error: {place} is not a JSON object")
         rows.append((place, row))
@@ -203,7 +202,7 @@ def read_message(message):
     if not isinstance(message, dict):
         raise ValueError("has a message that is not an object with role and content")
     if "from" in message:
-        raise ValueError("has messages with from and value: rename these to role and content, and human and gpt to "
+        raise ValueError("has messages with from and value: rename them to role and content, and human and gpt to "
                          "user and assistant")
     if message.get("role") not in ROLES:
         raise ValueError(f"has a message of the role {message.get('role')!r}: rename it to one of {', '.join(ROLES)}")
@@ -217,7 +216,7 @@ def read_message(message):
         if len(parts) == len(content) and all(isinstance(x, str) for x in parts):
             content = "".join(parts)
     if not isinstance(content, str):
-        raise ValueError(f"has a message of the {message['role']} without content, or with content that is not text")
+        raise ValueError(f"has a message of the {message['role']} without content, or whose content is not text")
     # tables also put empty lists and texts into such cells
     message = {name: x for name, x in message.items() if x not in ("", [])}
     return {**message, "content": content}
