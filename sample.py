@@ -453,19 +453,20 @@ def ratio_mean(values, weights, groups):
 def add_sampling_options(parser):
     """The options of every script that samples."""
     parser.add_argument("--model", required=True, help="checkpoint directory or hub id")
-    parser.add_argument("--prompts", default="", help=".jsonl or .txt file of prompts")
     parser.add_argument("--num_prompts", type=int, default=8, help="at most this many prompts, 0 for all (%(default)s)")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="longest response (%(default)s)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="(%(default)s)")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens of a response at most (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature (%(default)s)")
     parser.add_argument("--top_p", type=float, default=0.95, help="nucleus sampling (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same responses (%(default)s)")
-    parser.add_argument("--device", default=DEVICES[0], choices=DEVICES, help="(%(default)s)")
+    parser.add_argument("--device", default=DEVICES[0], choices=DEVICES, help="where to sample (%(default)s)")
 
 
 def add_prompt_options(parser):
     """The options that `set_up` needs besides."""
     parser.add_argument("--ref", default="", help="reference; by default the one that --model was trained against")
-    parser.add_argument("--prompt", default="", help="one prompt; by default those that the run in --model held out")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--prompts", default="", help=".jsonl or .txt; by default those that the run held out")
+    either.add_argument("--prompt", default="", help="one prompt")
     parser.add_argument("--chat", action="store_true", help="render prompts that are text with the chat template, too")
 
 
@@ -487,14 +488,10 @@ def set_up(parser, args):
     """(model, tokenizer, reference or None, texts of the prompts) that the options name."""
     held_out = os.path.join(args.model, "prompts.jsonl")
     by_default = not (args.prompt or args.prompts)
-    for fails, message in (
-        (args.prompt and args.prompts, "give --prompt or --prompts, not both"),
-        (args.chat and by_default, "--chat needs --prompt or --prompts: a run has rendered its own prompts already"),
-        (by_default and not os.path.exists(held_out),
-         f"{args.model} is not a run that held out prompts: give --prompt or --prompts"),
-    ):
-        if fails:
-            parser.error(message)
+    if by_default and args.chat:
+        parser.error("--chat needs --prompt or --prompts: a run has rendered its own prompts already")
+    if by_default and not os.path.exists(held_out):
+        parser.error(f"{args.model} is not a run that held out prompts: give --prompt or --prompts")
 
     if args.prompt:
         rows = [("the prompt", {"prompt": args.prompt})]

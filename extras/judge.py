@@ -86,11 +86,10 @@ if __name__ == "__main__":
     add_sampling_options(parser)
     # a judge wants all answers
     parser.set_defaults(num_prompts=0)
+    parser.add_argument("--prompts", required=True, help=".jsonl file of questions, or .json file with a list of them")
     parser.add_argument("--format", required=True, choices=tuple(COLUMNS), help="whose questions and answers these are")
     parser.add_argument("--out", required=True, help="file to write or replace, called after the model")
     args = parse_sampling(parser)
-    if not args.prompts:
-        parser.error("--prompts must name the file of questions")
     writable(parser, args.out)
     questions = read_questions(args.prompts, args.num_prompts, COLUMNS[args.format])
     model, tokenizer = load_model(args.model, args.device)
