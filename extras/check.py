@@ -1,8 +1,8 @@
-"""Recompute a few of a run's last samples by other means: reward and KLs, one token at a time, in float64.
+"""Recompute reward, KLs and entropy of a few of a run's last samples, one token at a time, in float64.
 
-    python assets/check.py out/reviews/1-dpo-beta=0.1 out/imdb/1-dpo-beta=0.1
+    python -m extras.check out/reviews/1-dpo-beta=0.1 out/imdb/1-dpo-beta=0.1
 
-It shares no code with the project. Rewards are those of transformers' own pipeline, or of words counted anew.
+It shares no code with the project. Rewards come from transformers' own pipeline, or from words that are counted here.
 """
 import json
 import os
@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 GOOD = """wonderful superb charming brilliant touching gripping clever delightful warm fresh funny moving elegant honest
 thrilling loved enjoyed admired praised recommend treasure"""
-BAD = """dull awful tedious clumsy boring weak lifeless messy bland stale shallow painful hollow lazy annoying hated endured
-regretted mocked avoid forget"""
+BAD = """dull awful tedious clumsy boring weak lifeless messy bland stale shallow painful hollow lazy annoying hated
+endured regretted mocked avoid forget"""
 
 
 def reward_of(text, judge):
@@ -58,4 +58,4 @@ for folder in sys.argv[1:]:
         # the text that was scored is that of these tokens
         assert row["response"] in tokenizer.decode(ids, skip_special_tokens=True), row
         print(folder, {name: (round(x, 4), row[name]) for name, x in found.items()})
-print("largest differences, of 1 or of the value where it is more:", {name: f"{x:.1e}" for name, x in worst.items()})
+print("largest differences (relative, if the value is above 1):", {name: f"{x:.1e}" for name, x in worst.items()})

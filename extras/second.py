@@ -1,12 +1,12 @@
-"""A second opinion on the IMDb reward: TF-IDF of words and pairs of words with logistic regression, fitted to beginnings of
-IMDb's training reviews, on the very samples that the first classifier has scored.
+"""A second opinion on the IMDb reward: score the samples that the first classifier has scored by logistic regression on
+TF-IDF of words and pairs of words, fitted to beginnings of IMDb's training reviews.
 
-    python eval_imdb.py --runs='out/imdb/[1-3]-*dpo*' --out=out/imdb/first
-    python assets/second.py imdb.parquet out/imdb/first.json out/imdb/second.json
-    python eval_imdb.py --runs=out/imdb/second.json --at_kl 0.25 0.5 1 --against dpo
+    python -m extras.compare --runs='out/imdb/[1-3]-*dpo*' --out=out/imdb/first
+    python -m extras.second imdb.parquet out/imdb/first.json out/imdb/second.json
+    python -m extras.compare --runs=out/imdb/second.json --at_kl 0.25 0.5 1 --against dpo
 
-imdb.parquet has text, label (1 is positive) and split. second.json is first.json with the other rewards; the samples are
-read from the runs that it names.
+imdb.parquet has text, label (1 is positive) and split. second.json is first.json with the second classifier's rewards.
+The samples are read from the runs that first.json names.
 """
 import collections
 import gzip
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from datasets import load_dataset
 
-WORDS = 22              # of a stretch of a review: as long as a prefix and its completion in the mean
+WORDS = 22              # in a stretch of a review, which is the mean length of a prefix with its completion
 
 
 def terms(text):
@@ -38,7 +38,8 @@ def matrix(texts):
             rows.append(n)
             columns.append(index[term])
             values.append(x / norm)
-    return torch.sparse_coo_tensor([rows, columns], values, (len(texts), len(index)), dtype=torch.float32).to_sparse_csr()
+    shape = len(texts), len(index)
+    return torch.sparse_coo_tensor([rows, columns], values, shape, dtype=torch.float32).to_sparse_csr()
 
 
 texts_file, results_file, out = sys.argv[1:]
@@ -48,7 +49,7 @@ for text, label, split in zip(table["text"], table["label"], table["split"]):
     if split not in reviews:            # IMDb's unlabelled ones
         continue
     text = re.sub(r"<br\s*/?>", " ", text).split()
-    # of a training review two stretches
+    # two stretches of a training review, one of a test review
     for begin in (0, WORDS) if split == "train" else (0,):
         stretch = " ".join(text[begin:begin + WORDS])
         if stretch:
@@ -57,7 +58,9 @@ for text, label, split in zip(table["text"], table["label"], table["split"]):
 seen = collections.Counter(term for text, _ in reviews["train"] for term in set(terms(text)))
 index = {term: n for n, term in enumerate(sorted(term for term, count in seen.items() if count >= 5))}
 idf = {term: np.log(len(reviews["train"]) / seen[term]) for term in index}
-data = {split: (matrix([text for text, _ in rows]), torch.tensor([y for _, y in rows])) for split, rows in reviews.items()}
+data = {}
+for split, rows in reviews.items():
+    data[split] = matrix([text for text, _ in rows]), torch.tensor([y for _, y in rows])
 
 # logistic regression with a penalty on the weights
 weight, bias = torch.zeros(len(index), 1, requires_grad=True), torch.zeros(1, requires_grad=True)

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# The frontier of reward and KL: the embedded task and IMDb with a small pretrained model. Started again, it skips what has
-# finished and resumes what has saved. RESULTS.md has the plan.
+# The frontier of reward and KL, on the embedded task and on IMDb with a small pretrained model. A second start skips the
+# runs that have finished and resumes those that have saved. assets/RESULTS.md has the plan.
 #
-#     bash assets/study.sh reviews
-#     MODEL=models/smollm2 JUDGE=models/judge TEXTS=imdb.parquet bash assets/study.sh imdb
+#     bash extras/study.sh reviews
+#     MODEL=models/smollm2 JUDGE=models/judge TEXTS=imdb.parquet bash extras/study.sh imdb
 #
 # MODEL is SmolLM2-135M-Instruct's directory, JUDGE that of a classifier with a label positive, TEXTS a table with columns
-# text and split. SEEDS="1 2" takes these alone.
+# text and split. SEEDS="1 2" runs these seeds only.
 set -e
 : "${1:?reviews or imdb}"
 
-# run PROGRAM DIR OPTIONS: one run into DIR, its output in DIR.log, the last line shown where it fails
+# run PROGRAM DIR OPTIONS: one run into DIR, with its output in DIR.log, whose last line is shown if it fails
 run() {
     local program=$1 dir=$2
     shift 2
@@ -20,7 +20,7 @@ run() {
     python $program --out_dir=$dir "$@" > $dir.log 2>&1 || tail -n 1 $dir.log
 }
 export -f run
-# each: the runs that its input names, one a line, two at a time
+# each: do the runs that its input names, one a line, two at a time
 each() { OMP_NUM_THREADS=1 xargs -P 2 -L 1 bash -c 'run $0 "$@"'; }
 # methods: DPO with its own knob for the KL, TDPO1, and TDPO2, by --beta and --alpha
 methods() {
@@ -40,7 +40,7 @@ if [ $1 = reviews ]; then
     mkdir -p out/reviews
     steps="--max_steps=120 --warmup_steps=60 --eval_interval=10"
     seeds=${SEEDS:-1 2 3 4 5 6 7 8}
-    # the seeds' SFT models and pairs first
+    # first the seeds' SFT models and pairs
     for s in $seeds; do
         echo train.py out/reviews/$s-dpo-beta=0.1 --seed=$s --method=dpo --beta=0.1 $steps
     done | each
@@ -71,7 +71,7 @@ else
         pairs="--init_from=out/imdb/$s-sft --reward=${JUDGE:?the directory of a sentiment classifier} --seed=$s"
         pairs="$pairs --train_prefixes=400 --eval_prefixes=600 --min_score_gap=0.3 --max_new_tokens=24"
         pairs="$pairs --warmup_steps=20 --batch_size=16 --eval_interval=10 --save_interval=20"
-        # the first two make the seed's pairs, the same ones; what moves fast comes last, and has come far enough sooner
+        # the first two runs make the seed's pairs, the same ones; methods that move fast come last and take fewer steps
         methods "1 0.3 0.1" "0.5 1" | while read m; do
             steps=40
             case $m in "dpo --beta=0.1" | tdpo1) steps=30 ;; esac

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Table 1 in small: MODEL is SmolLM2-135M-Instruct's directory, hh_helpful_{train,test}.jsonl hold Anthropic HH's pairs as
-# lines of prompt, chosen, rejected. Started again, it skips what has finished and resumes what has saved.
+# A small Table 1: MODEL is SmolLM2-135M-Instruct's directory, hh_helpful_{train,test}.jsonl hold pairs of Anthropic HH as
+# lines of prompt, chosen, rejected. A second start skips the runs that have finished and resumes those that have saved.
 #
-#     MODEL=models/smollm2 bash assets/hh.sh
+#     MODEL=models/smollm2 bash extras/hh.sh
 #
-# run DIR OPTIONS: one run into DIR, its output in DIR.log, the last line shown where it fails
+# run DIR OPTIONS: one run into DIR, with its output in DIR.log, whose last line is shown if it fails
 run() {
     grep -qs "^saved $1 |" $1.log && return
     [ -e $1/state.pt ] && set -- $1 --resume=True
@@ -12,7 +12,7 @@ run() {
     python train.py --out_dir=$* > $1.log 2>&1 || tail -n 1 $1.log
 }
 export -f run
-# each: the runs that its input names, one a line, two at a time
+# each: do the runs that its input names, one a line, two at a time
 each() { OMP_NUM_THREADS=1 xargs -P 2 -L 1 bash -c 'run $0 $*'; }
 
 : "${MODEL:?the directory of SmolLM2-135M-Instruct}"

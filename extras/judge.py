@@ -1,0 +1,115 @@
+"""Answer the questions of MT-bench or AlpacaEval with a model, in the form that their judges read.
+
+    python -m extras.judge --model=DIR --format=mt_bench --prompts=question.jsonl --out=model_answer/NAME.jsonl
+    python -m extras.judge --model=DIR --format=alpaca_eval --prompts=alpaca_eval.json --out=NAME.json
+
+FastChat and AlpacaEval know the model by the name of the file. In MT-bench the second turn follows the model's first
+answer. Temperature and length are options; neither benchmark's own settings are built in.
+"""
+import argparse
+import json
+import os
+import sys
+import time
+import uuid
+
+from sample import (add_sampling_options, chat, create, encode_prompt, generate, load_model, parse_sampling,
+                    read_prompts, response_text, writable)
+
+# the columns that a question has, and the type of their values
+COLUMNS = {
+    "mt_bench": {"question_id": object, "turns": list},
+    "alpaca_eval": {"instruction": str},
+}
+
+
+def read_questions(path, count, columns):
+    """At most count rows, or all if count is 0, of a .jsonl file or of a .json file with a list, as AlpacaEval's is.
+    Exits at a row that lacks a column."""
+    if path.lower().endswith(".json"):
+        try:
+            with open(path, encoding="utf-8-sig") as f:
+                table = json.load(f)
+        except (OSError, ValueError, RecursionError) as error:
+            sys.exit(f"error: cannot read {path}: {error}")
+        if not isinstance(table, list):
+            sys.exit(f"error: {path} is not a list of questions")
+        rows = [(f"{path} row {number}", row) for number, row in enumerate(table, 1)]
+        if count:
+            rows = rows[:count]
+    else:
+        rows = read_prompts(path, count)
+
+    for place, row in rows:
+        for name, kind in columns.items():
+            if not isinstance(row, dict) or not isinstance(row.get(name), kind):
+                sys.exit(f"error: {place} is not a JSON object with {' and '.join(columns)}")
+    return [row for _, row in rows]
+
+
+def answer(model, tokenizer, conversations, args):
+    """The model's replies to conversations, lists of the user's turns: as many lists of as many texts."""
+    positions = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    histories = [[] for _ in conversations]
+    replies = [[] for _ in conversations]
+    # the first turns of all questions, then the second ones
+    for turn in range(max(map(len, conversations))):
+        prompts = {}
+        for n, turns in enumerate(conversations):
+            if turn >= len(turns):
+                continue
+            histories[n].append({"role": "user", "content": turns[turn]})
+            try:
+                prompts[n] = encode_prompt(tokenizer, chat(tokenizer, histories[n]))
+            except ValueError as error:
+                sys.exit(f"error: question {n + 1} {error}")
+            # a question that leaves no room for an answer does not stop the others
+            if len(prompts[n]) >= positions:
+                print(f"warning: question {n + 1} is too long in turn {turn + 1}: its answer is empty")
+                histories[n].append({"role": "assistant", "content": ""})
+                replies[n].append("")
+                del prompts[n]
+
+        drawn = generate(model, tokenizer, list(prompts.values()), args.max_new_tokens, 1, args.temperature, args.top_p,
+                         args.seed + turn)
+        for (n, prompt), (response,) in zip(prompts.items(), drawn):
+            # a model that was trained on HH may go on with the user's next question
+            text = response_text(tokenizer, prompt, response).split("\n\nHuman:")[0].strip()
+            histories[n].append({"role": "assistant", "content": text})
+            replies[n].append(text)
+    return replies
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    add_sampling_options(parser)
+    # a judge wants all answers
+    parser.set_defaults(num_prompts=0)
+    parser.add_argument("--prompts", required=True, help=".jsonl file of questions, or .json file with a list of them")
+    parser.add_argument("--format", required=True, choices=tuple(COLUMNS), help="whose questions and answers these are")
+    parser.add_argument("--out", required=True, help="file to write or replace, called after the model")
+    args = parse_sampling(parser)
+    writable(parser, args.out)
+    questions = read_questions(args.prompts, args.num_prompts, COLUMNS[args.format])
+    model, tokenizer = load_model(args.model, args.device)
+
+    name = os.path.splitext(os.path.basename(args.out))[0]
+    # MT-bench's questions have several turns, AlpacaEval's have one; the one wants lines of JSON, the other a list
+    if args.format == "mt_bench":
+        replies = answer(model, tokenizer, [row["turns"] for row in questions], args)
+        with create(args.out) as f:
+            for row, texts in zip(questions, replies):
+                line = {
+                    "question_id": row["question_id"], "answer_id": uuid.uuid4().hex, "model_id": name,
+                    "choices": [{"index": 0, "turns": texts}], "tstamp": time.time(),
+                }
+                f.write(json.dumps(line) + "\n")
+    else:
+        replies = answer(model, tokenizer, [[row["instruction"]] for row in questions], args)
+        answers = []
+        for row, (text,) in zip(questions, replies):
+            answers.append({"instruction": row["instruction"], "output": text, "generator": name})
+        with create(args.out) as f:
+            json.dump(answers, f, indent=1)
+    print(f"wrote {len(questions)} answers to {args.out}")
