@@ -1,9 +1,9 @@
 """A second opinion on the IMDb reward: TF-IDF of words and pairs of words with logistic regression, fitted to beginnings of
 IMDb's training reviews, on the very samples that the first classifier has scored.
 
-    python eval_imdb.py --runs='out/imdb/[1-3]-*dpo*' --out=out/imdb/first
+    python -m extras.compare --runs='out/imdb/[1-3]-*dpo*/' --out=out/imdb/first
     python assets/second.py imdb.parquet out/imdb/first.json out/imdb/second.json
-    python eval_imdb.py --runs=out/imdb/second.json --at_kl 0.25 0.5 1 --against dpo
+    python -m extras.compare --runs=out/imdb/second.json --at_kl 0.25 0.5 1 --against dpo
 
 imdb.parquet has text, label (1 is positive) and split. second.json is first.json with the other rewards; the samples are
 read from the runs that it names.
