@@ -1,20 +1,16 @@
 """The sentiment task, real (IMDb) and embedded (a seeded grammar of film reviews): texts, reward, pairs, scores.
 
     python eval_imdb.py --runs=out/reviews-dpo,out/reviews-tdpo2            # a table and a figure from the runs' logs
-    python eval_imdb.py --runs='out/reviews/[1-8]-*/' --against dpo         # means, differences of eight seeds
-    python eval_imdb.py --runs=out/reviews-dpo --score=out/reviews-dpo,DIR  # checkpoints scored anew, from anywhere
+    python eval_imdb.py --runs=out/reviews-dpo --score=out/reviews-dpo,DIR  # scores checkpoints anew, from anywhere
 
 Both take the same path; only texts, SFT model and reward differ (paper, Section 5.1; Rafailov et al. 2023, App. C.1).
+`python -m extras.compare` compares methods over several seeds.
 """
 import argparse
-import ast
-import functools
 import glob
-import gzip
 import hashlib
 import itertools
 import json
-import math
 import os
 import random
 import re
@@ -23,11 +19,11 @@ import sys
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast,
+                          pipeline)
 
 from sample import (DEVICES, encode_prompt, generate, load_model, load_reference, measure, parse, ratio_mean,
-                    read_rows, response_stats, response_text, writable)
+                    response_stats, response_text, writable)
 
 TASKS = ("reviews", "imdb")
 
@@ -113,28 +109,38 @@ def scratch_model(seed):
 def load_texts(data, source):
     """{"train": [...], "test": [...]}: review texts, of IMDb without line breaks, in an order of our own.
 
-    source (imdb): a hub id with these splits, or a .parquet or .jsonl file with columns text and split; without split
-    every tenth text is for testing. Ends the program with one sentence where there are none.
+    source (imdb): a .parquet or .jsonl file with columns text and split (without split, every tenth text is for
+    testing), or a directory or hub id with these splits. Ends the program with one sentence if there are no texts.
     """
     if data == "reviews":
         rng = random.Random(0)
         reviews = [write_review(rng) for _ in range(11000)]
         return {"train": reviews[:10000], "test": reviews[10000:]}
 
-    # one table with a column split, or a data set with these splits
-    if os.path.isfile(source):
-        rows = [row for _, row in read_rows(source)]
-    else:
-        rows = []
-        for split in ("train", "test"):
-            rows += [{**row, "split": split} for _, row in read_rows(source, split)]
+    # imported here, because it takes seconds and the embedded task does without
+    from datasets import load_dataset
+    path = os.path.expanduser(source)
+    try:
+        if os.path.isfile(path):
+            kind = "parquet" if path.endswith(".parquet") else "json"
+            rows = load_dataset(kind, data_files=glob.escape(path), split="train")
+        else:
+            rows = []
+            for split in ("train", "test"):
+                rows += [{**row, "split": split} for row in load_dataset(path, split=split)]
+    except Exception as error:
+        # datasets wraps what its readers raise, and the innermost error says what is wrong
+        while error.__cause__:
+            error = error.__cause__
+        said = str(error).replace("\n", " ")
+        sys.exit(f"error: cannot read the texts in {source} ({type(error).__name__}: {said}); --texts takes a .parquet "
+                 "or .jsonl file, a directory or a hub id")
 
-    # one line each; IMDb is sorted by label
+    # one line each, and rows without text are left out
     texts = {"train": [], "test": []}
     for n, row in enumerate(rows):
-        text, split = None, "test" if n % 10 == 9 else "train"
-        if isinstance(row, dict):
-            text, split = row.get("text"), row.get("split", split)
+        split = row.get("split", "test" if n % 10 == 9 else "train")
+        text = row.get("text")
         if split in texts and isinstance(text, str) and text.strip():
             text = re.sub(r"<br\s*/?>", " ", text)
             texts[split].append(re.sub(r"\s+", " ", text).strip())
@@ -142,6 +148,7 @@ def load_texts(data, source):
     for split in texts:
         if not texts[split]:
             sys.exit(f"error: {source} has no text in its {split} split; the column split names train or test")
+        # IMDb is sorted by label
         random.Random(0).shuffle(texts[split])
     return texts
 
@@ -167,7 +174,7 @@ def task_prefixes(texts, tokenizer, seed, train_prefixes, eval_prefixes):
 
 def load_reward(name, device="cpu"):
     """A function texts -> list of rewards: "exact" (the embedded task's), or P(positive) of a text-classification model
-    with a label called positive. Ends the program with one sentence where there is none that can score texts."""
+    with a label called positive. Ends the program with one sentence if the model cannot score texts."""
     if name == "exact":
         return exact_reward
     model, tokenizer = load_model(name, device, AutoModelForSequenceClassification)
@@ -176,27 +183,27 @@ def load_reward(name, device="cpu"):
     if len(positive) != 1:
         labels = sorted(labels.values())
         sys.exit(f"error: the reward model {name} has labels {labels}; one must be called positive")
-    # a decoder finds a text's last token by its padding
+    # a decoder finds the last token of a text by the padding that follows it
     tokenizer.padding_side = "right"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     longest = min(512, getattr(model.config, "max_position_embeddings", None) or 512)
+    wanted = model.config.id2label[positive[0]]
 
-    @torch.no_grad()
     def reward(texts):
-        scores = np.zeros(len(texts))
-        # texts of like lengths together
+        # made for each call, because on a GPU it warns when it is called more than ten times
+        judge = pipeline("text-classification", model=model, tokenizer=tokenizer, device=model.device, batch_size=64,
+                         top_k=None, function_to_apply="softmax", truncation=True, max_length=longest)
+        # sorted by length, so that the texts of a batch need little padding
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        for begin in tqdm(range(0, len(order), 64), desc="scoring", leave=False, disable=None):
-            batch = order[begin:begin + 64]
-            inputs = tokenizer([texts[i] for i in batch], padding=True, truncation=True, max_length=longest,
-                               return_tensors="pt").to(device)
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-                logits = model(**inputs).logits.float()
-            scores[batch] = logits.softmax(-1)[:, positive[0]].cpu()
-        return scores.tolist()
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+            found = judge([texts[i] for i in order])
+        scores = [0.0] * len(texts)
+        for i, labelled in zip(order, found):
+            (scores[i],) = [x["score"] for x in labelled if x["label"] == wanted]
+        return scores
 
-    # what is wrong with it is said before hours of sampling
+    # what is wrong with it is found before hours of sampling
     try:
         reward(["good", "good " * 600])
     except Exception as error:
@@ -216,33 +223,43 @@ def complete(model, tokenizer, prefixes, max_new_tokens, num_samples, seed):
     return completions
 
 
-def build_pairs(run, model, tokenizer, prefixes, reward):
-    """The path of a run's preference pairs, a .jsonl beside its out_dir: prompt, chosen, rejected and their scores.
+def build_pairs(model, tokenizer, prefixes, score, *, folder, name, reward, completions, min_score_gap,
+                max_new_tokens, seed):
+    """The path of the preference pairs, folder/name-pairs-HASH.jsonl: prompt, chosen, rejected and their scores.
 
-    `completions` samples of the SFT model for each prefix; every two of them make a pair, the higher reward is chosen;
-    pairs closer than min_score_gap are dropped. The name holds a hash of all that makes the file, so it is reused.
+    score: the function that load_reward returns for the name or directory reward. The model draws `completions` samples
+    for each prefix; every two of them make a pair, of which the higher score is chosen; pairs whose scores are at most
+    min_score_gap apart are dropped. HASH is of everything that makes the file, so that it is reused.
     """
-    # the same model, reward and options make the same file
-    made_of = [run[name] for name in ("reward", "completions", "min_score_gap", "max_new_tokens", "seed")]
-    for path in sorted(glob.glob(glob.escape(run["reward"]) + "/*")):
-        made_of.append((path, os.path.getsize(path), os.path.getmtime(path)))
-    digest = hashlib.sha256(json.dumps([prefixes, made_of]).encode())
-    for p in model.parameters():
-        digest.update(p.detach().cpu().contiguous().numpy())
-    folder = os.path.dirname(run["out_dir"]) or "."
-    path = os.path.join(folder, f"{run['data']}-pairs-{digest.hexdigest()[:12]}.jsonl")
+    # the weights, each hashed by itself: adapters rename the weights that they are put on, and add weights of their own
+    digests = []
+    for key, p in model.named_parameters():
+        if "parametrizations." in key and key.endswith((".A", ".B")):
+            continue
+        # as bytes, because numpy has no bf16
+        content = p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digests.append(hashlib.sha256(content).hexdigest())
+    digests.sort()
+
+    # the files of a reward model stand for its weights
+    files = []
+    for path in sorted(glob.glob(glob.escape(reward) + "/*")):
+        files.append((path, os.path.getsize(path), os.path.getmtime(path)))
+    made_of = [prefixes, reward, files, completions, min_score_gap, max_new_tokens, seed, digests]
+    digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+    path = os.path.join(folder, f"{name}-pairs-{digest[:12]}.jsonl")
     if os.path.exists(path):
         print(f"pairs: reusing {path}")
         return path
 
     # each prefix with its completions and their rewards
-    print(f"pairs: sampling {run['completions']} completions for each of {len(prefixes)} prefixes", flush=True)
-    samples = complete(model, tokenizer, prefixes, run["max_new_tokens"], run["completions"], run["seed"])
-    scores = reward([prefixes[i] + text for i, _, _, text in samples])
+    print(f"pairs: sampling {completions} completions for each of {len(prefixes)} prefixes", flush=True)
+    samples = complete(model, tokenizer, prefixes, max_new_tokens, completions, seed)
+    scores = score([prefixes[i] + text for i, _, _, text in samples])
     scored = [[] for _ in prefixes]
-    for (i, _, _, text), score in zip(samples, scores):
+    for (i, _, _, text), value in zip(samples, scores):
         if text.strip():
-            scored[i].append((score, text))
+            scored[i].append((value, text))
 
     # every two of them
     rows, tried = [], 0
@@ -250,15 +267,15 @@ def build_pairs(run, model, tokenizer, prefixes, reward):
         for a, b in itertools.combinations(candidates, 2):
             tried += 1
             (low, rejected), (high, chosen) = sorted((a, b))
-            if high - low > run["min_score_gap"]:
+            if high - low > min_score_gap:
                 rows.append(dict(prompt=prefix, chosen=chosen, rejected=rejected, chosen_score=high,
                                  rejected_score=low))
-    print(f"pairs: {len(rows)} of {tried} kept, score gap over {run['min_score_gap']}; "
+    print(f"pairs: {len(rows)} of {tried} kept, score gap over {min_score_gap}; "
           f"mean reward of the samples {np.mean(scores):+.3f}")
     if not rows:
         sys.exit("error: every pair was dropped: no two rewards differ by more than --min_score_gap; lower it")
 
-    # by a name of its own, as two runs may be at it
+    # under a name of its own first, as two runs may be at it
     with open(f"{path}.{os.getpid()}", "w", encoding="utf-8") as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     os.replace(f"{path}.{os.getpid()}", path)
@@ -267,6 +284,9 @@ def build_pairs(run, model, tokenizer, prefixes, reward):
 
 # -----------------------------------------------------------------------------
 # scores of a policy
+
+
+SCORES = ("reward", "sample_rkl", "sample_kl", "entropy")
 
 
 def score_policy(model, ref, tokenizer, prefixes, reward, max_new_tokens, seed=0):
@@ -297,21 +317,30 @@ def score_policy(model, ref, tokenizer, prefixes, reward, max_new_tokens, seed=0
     return result, rows
 
 
-def show_completions(models, tokenizer, prefixes, reward, max_new_tokens, seed):
-    """Print each prefix with a completion of each model, {name: model}, and its reward."""
-    # the same seed for all, so that they begin alike
+def show_answers(models, tokenizer, prompts, max_new_tokens, seed, score=None):
+    """Print each prompt (a list of token ids) and an answer of each model, {name: model}, with its reward in front if
+    there is a score, a function texts -> list of rewards."""
+    # the same seed for all, so that their answers begin alike
     drawn = {}
     for name, model in models.items():
-        drawn[name] = complete(model, tokenizer, prefixes, max_new_tokens, 1, seed)
-    for i, prefix in enumerate(prefixes):
-        print(f"\n{prefix.strip()} ...")
-        for name, completions in drawn.items():
-            text = completions[i][3]
-            print(f"  {name:9} {reward([prefix + text])[0]:+.2f} |{text}")
+        drawn[name] = generate(model, tokenizer, prompts, max_new_tokens, seed=seed)
+    for i, prompt in enumerate(prompts):
+        text = tokenizer.decode(prompt, skip_special_tokens=True)
+        # of a long prompt only the end, which is what the answers continue
+        shown = text.strip()
+        if len(shown) > 300:
+            shown = "..." + shown[-300:]
+        print("\n" + shown)
+        for name in models:
+            answer = response_text(tokenizer, prompt, drawn[name][i][0])
+            reward = ""
+            if score is not None:
+                reward = f" {score([text + answer])[0]:+.2f}"
+            print(f"  {name:9}{reward} |{answer}")
 
 
 def read_log(folder, step=float("inf")):
-    """The lines of a run's log up to a step, parsed; nothing behind a line that was cut."""
+    """The lines of a run's log up to a step, parsed; none after a line that was cut."""
     path = os.path.join(folder, "log.jsonl")
     if not os.path.exists(path):
         return []
@@ -327,383 +356,120 @@ def read_log(folder, step=float("inf")):
     return lines
 
 
-# -----------------------------------------------------------------------------
-# the script: a table and a figure
-
-SCORES = ("reward", "sample_rkl", "sample_kl", "entropy")
-# Student's t, the 97.5 % quantile for 2 to 16 values
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-
-
-# what a run's line in a table does not depend on
-OWN = ("seed", "out_dir", "resume", "overwrite", "device", "compile", "micro_tokens", "checkpoint_activations",
-       "wandb_log", "log_interval", "max_steps")
-# what of tdpo.py makes the objective
-OBJECTIVE = ("sum_tokens", "margin", "preference_loss")
+# (title, what lies across and its name in the log, {name in the log: style of its line})
+PANELS = [
+    ("reward", "KL(π ‖ π_ref) of samples, nats", "eval_sample_rkl", {"eval_reward": "o-"}),
+    ("KL(π_ref ‖ π), nats: rejected solid, chosen dotted", "step", "step", {"kl_l": "-", "kl_w": ":"}),
+    ("loss, held out: dots", "step", "step", {"loss": "-", "eval_loss": "o"}),
+    ("accuracy, held out: dots", "step", "step", {"acc": "-", "eval_acc": "o"}),
+]
 
 
-def objective_of(folder):
-    """The code of the objective in a folder's tdpo.py, without its comments; "" where there is none."""
-    path = os.path.join(folder, "tdpo.py")
-    if not os.path.exists(path):
-        return ""
-    with open(path, encoding="utf-8") as f:
-        tree = ast.parse(f.read())
-    return "\n".join(ast.unparse(part) for part in tree.body if getattr(part, "name", None) in OBJECTIVE)
-
-
-def short_hash(*values):
-    """A short hash of values that json takes."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def from_log(folder, run):
-    """What table and figure need of a run with these options: its evaluations, its training pairs' KLs, its last
-    scores, and what tells which runs are its seeds (setting), have its reference (origin), began as it did (pair)."""
-    # evaluations with samples
-    log = read_log(folder)
-    evals, pair = [], None
-    for record in log:
-        if "eval_reward" not in record:
-            continue
-        values = {"step": record["step"], "n": record["eval_n"]}
-        for name in SCORES:
-            values[name] = round(record["eval_" + name], 5)
-            values[name + "_se"] = round(record[f"eval_{name}_se"], 5)
-        # each sample's, which pair runs by prefix
-        path = os.path.join(folder, "evals", f"{record['step']}.jsonl")
-        if os.path.exists(path):
-            samples = [json.loads(line) for line in open(path, encoding="utf-8")]
-            values["rewards"] = [round(sample["reward"], 3) for sample in samples]
-            values["rkls"] = [round(sample["rkl"], 2) for sample in samples]
-            # the same prefixes, completed alike at the start: the same model, length and random numbers
-            if not evals:
-                pair = short_hash([[sample["prompt"], sample["tokens"]] for sample in samples],
-                              os.path.basename(run["reward"]))
-        evals.append(values)
-    if len(evals) < 2:
-        sys.exit(f"error: {folder} has logged no evaluation after its first")
-
-    # a point of a curve is the mean of ten steps
-    steps = [record for record in log if "kl_w" in record]
-    curves = []
-    for begin in range(0, len(steps), 10):
-        block = steps[begin:begin + 10]
-        point = {"step": block[-1]["step"]}
-        for name in ("kl_w", "kl_l", "kl_gap"):
-            mean = np.mean([record[name] for record in block])
-            point[name] = round(float(mean), 4)
-        curves.append(point)
-
-    # each seed may have a model of its own: reviews-sft-1, 1-sft
-    shared = {name: value for name, value in run.items() if name not in OWN}
-    for name in ("init_from", "ref_from"):
-        shared[name] = re.sub(rf"-{run['seed']}$|(?<![^/]){run['seed']}-(?=[^/]*$)", "", run[name])
-    last = {name: x for name, x in evals[-1].items() if name not in ("rewards", "rkls")}
-    return {
-        "run": folder, "seed": run["seed"], **last, "pair": pair,
-        "setting": short_hash(shared, last["step"], objective_of(folder)),
-        "origin": short_hash(*[shared[name] for name in ("data", "init_from", "reward", "texts")]),
-        "evals": evals, "curves": curves,
-    }
-
-
-def label_of(policy, run, others):
-    """The name of a run's line: its method's, its directory's without a seed in front, or its directory; the first that
-    others have only where they are other seeds of the same."""
-    label = run["method"]
-    if run["method"] == "tdpo2":
-        label += f" α={run['alpha']:g}"
-    if run["beta"] != 0.1:
-        label += f" β={run['beta']:g}"
-    labels = [label, re.sub(r"^\d+-", "", os.path.basename(policy["run"])), policy["run"]]
-    # an edited objective is none of the paper's
-    if objective_of(policy["run"]) not in ("", objective_of(os.path.dirname(os.path.abspath(__file__)))):
-        labels.pop(0)
-    for label in labels:
-        if are_seeds(label, policy, others):
-            break
-    return label
-
-
-def are_seeds(label, policy, others):
-    """Whether all others of this label are other seeds of the same."""
-    same = [r for r in others if r["label"] == label]
-    return all(r.get("setting") == policy.get("setting") and r["seed"] != policy["seed"] for r in same)
-
-
-def references(policies):
-    """What the policies began with, one for each seed: the scores of the first evaluation, where it is the reference's.
-    Those of another task or model have a line of their own."""
-    found, names = {}, {}
-    for r in policies:
-        if not r["evals"] or abs(r["evals"][0]["sample_rkl"]) > 1e-4:
-            continue
-        origin = r.get("origin")
-        names.setdefault(origin, f"reference of {r['label']}" if names else "reference")
-        first = {**r["evals"][0], "run": r["run"], "label": names[origin], "seed": r["seed"], "evals": [], "curves": []}
-        found.setdefault((origin, r["seed"]), first)
-    return list(found.values())
-
-
-def interval(values, errors):
-    """(mean, half of a 95 % interval) over seeds: Student's t, or the interval over samples, from their standard
-    errors, where that is wider: two seeds can agree by chance."""
-    n = len(values)
-    half = 1.96 * np.linalg.norm(errors) / n
-    if n > 1:
-        t = T975[min(n - 2, len(T975) - 1)]
-        half = max(half, t * np.std(values, ddof=1) / n**0.5)
-    return float(np.mean(values)), float(half)
-
-
-def reward_at(kls, rewards, level):
-    """Rewards (R,) at which R curves, kls and rewards (R, evaluations), joined by straight lines, first cross KL(policy
-    || ref) = level; NaN where one does not."""
-    found = np.full(len(kls), np.nan)
-    # the first line is written last
-    for k in range(kls.shape[1] - 2, -1, -1):
-        a, b = kls[:, k], kls[:, k + 1]
-        crosses = (np.minimum(a, b) <= level) & (level <= np.maximum(a, b)) & (a != b)
-        share = (level - a[crosses]) / (b - a)[crosses]
-        found[crosses] = rewards[crosses, k] + share * (rewards[:, k + 1] - rewards[:, k])[crosses]
-    return found
-
-
-@functools.lru_cache
-def drawn_prefixes(n, draws):
-    """How often each of n prefixes is in a draw of n of them (draws + 1, n); in the first draw each is once."""
-    rng = np.random.default_rng(n)
-    return np.vstack([np.ones(n), rng.multinomial(n, np.full(n, 1 / n), draws)])
-
-
-def compare(runs, others, level, draws=2000):
-    """((mean, low, high, t) or None, reached): the mean over runs of the reward at KL(policy || ref) = level, less
-    that of the run in others, {pair: run} or None, that began alike; None but where all runs reach the level. low and
-    high: the 95 % interval of a bootstrap that draws seeds and, for each, prefixes, the same for both runs; t: half of
-    Student's over the seeds, the wider one where seeds differ, NaN for one."""
-    found = []
-    for run in runs:
-        pair = [run] if others is None else [run, others[run["pair"]]]
-        if not all(r["evals"] and all("rewards" in e for e in r["evals"]) for r in pair):
-            continue
-        counts = drawn_prefixes(run["n"], draws)
-        curves = []
-        for r in pair:
-            kls = counts @ np.array([e["rkls"] for e in r["evals"]]).T / run["n"]
-            rewards = counts @ np.array([e["rewards"] for e in r["evals"]]).T / run["n"]
-            curves.append(reward_at(kls, rewards, level))
-        difference = curves[0]
-        if others is not None:
-            difference = curves[0] - curves[1]
-        # not by a hair
-        if np.isfinite(difference[0]) and np.isfinite(difference).mean() >= 0.95:
-            found.append(difference)
-
-    # those that come as far are the ones that move fast: no mean of a part
-    n = len(found)
-    if n < len(runs):
-        return None, n
-    # seeds, and for each a draw of its prefixes, independent of the others
-    found = np.stack(found)
-    rng = np.random.default_rng(0)
-    seeds = rng.integers(n, size=(draws, n))
-    drawn = found[seeds, rng.integers(1, draws + 1, size=seeds.shape)]
-    drawn = drawn[np.isfinite(drawn).any(axis=1)]
-    low, high = np.percentile(np.nanmean(drawn, axis=1), (2.5, 97.5))
-    t = math.nan
-    if n > 1:
-        t = T975[min(n - 2, len(T975) - 1)] * np.std(found[:, 0], ddof=1) / n**0.5
-    return (float(found[:, 0].mean()), float(low), float(high), float(t)), n
-
-
-def by_label(results):
-    """{label: its results}, in order; results that differ in their seed alone have one label."""
-    groups = {}
-    for result in results:
-        groups.setdefault(result["label"], []).append(result)
-    return groups
-
-
-def table(results, levels):
-    """Lines of a Markdown table: means and 95 % intervals, one line for the runs that differ in their seed alone."""
-    head = ["method", "reward", "KL(π ‖ π_ref)", "KL(π_ref ‖ π)", "entropy"]
-    head += [f"reward at KL {level:g}" for level in levels] + ["seeds × samples"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-
-    # a line for each label: the last evaluation of its runs
-    for label, runs in by_label(results).items():
-        cells = [label]
-        for name in SCORES:
-            values, errors = [r[name] for r in runs], [r[name + "_se"] for r in runs]
-            mean, half = interval(values, errors)
-            cells.append(f"{mean:.3f} ± {half:.3f}")
-        cells += [compared(runs, None, level) for level in levels]
-        cells.append(f"{len(runs)} × {runs[0]['n']}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
-
-
-def differences(results, levels, against):
-    """The same of rewards at equal KL, less those of the runs labelled against, of the same seed and prefixes."""
-    groups = by_label(results)
-    others = {run["pair"]: run for run in groups[against] if run.get("pair")}
-    head = ["method"] + [f"less {against} at KL {level:g}" for level in levels]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for label, runs in groups.items():
-        if label == against or not runs[0]["evals"]:
-            continue
-        paired = sum(run.get("pair") in others for run in runs)
-        cells = [f"– ({paired} of {len(runs)} began alike)"] * len(levels)
-        if paired == len(runs):
-            cells = [compared(runs, others, level) for level in levels]
-        lines.append("| " + " | ".join([label, *cells]) + " |")
-    return lines
-
-
-def compared(runs, others, level):
-    """A cell of what `compare` finds, or how many of the runs come as far."""
-    found, reached = compare(runs, others, level)
-    if found is None:
-        return f"– ({reached} of {len(runs)})" if reached else "–"
-    mean, low, high, t = found
-    cell = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
-    if reached > 1:
-        cell += f" ± {t:.3f}"
-    return cell
-
-
-def draw(results, path):
-    """Two panels: reward against KL(policy || ref) at every evaluation (Figure 3a), and KL(ref || policy) of the chosen
-    and of the rejected training responses over the steps (Figures 1, 3b, 3c); means over seeds."""
-    # drawn to a file, no window
+def draw(logs, path):
+    """A figure of logs, {label: records of a log.jsonl}, with the panels for which they hold something: rewards against
+    KLs (Figure 3a of the paper; bars are 1.96 standard errors), KLs (Figures 1, 3b, 3c), loss, accuracy. It takes
+    matplotlib."""
+    # drawn to a file, so it needs no window
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, (frontier, curves) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
-    groups = by_label(results)
-    colors = plt.get_cmap("tab10" if len(groups) <= 10 else "tab20").colors
-    for number, (label, runs) in enumerate(groups.items()):
-        color = colors[number % len(colors)]
-        # a point for each evaluation, the mean of all seeds; the reference and models from elsewhere have one
-        x, y, errors = [], [], []
-        for evals in zip(*[r["evals"] or [r] for r in runs]):
-            x.append(np.mean([e["sample_rkl"] for e in evals]))
-            mean, half = interval([e["reward"] for e in evals], [e["reward_se"] for e in evals])
-            y.append(mean)
-            errors.append(half)
-        style = dict(marker="o", ms=4)
-        if len(x) == 1:
-            style = dict(marker="*", ms=12)
-        frontier.errorbar(x, y, errors, elinewidth=0.5, color=color, label=label, **style)
+    logged = {name for log in logs.values() for record in log for name in record}
+    panels = [panel for panel in PANELS if not logged.isdisjoint(panel[3])]
+    width = 4.5 * len(panels) + 1.5
+    figure, axes = plt.subplots(1, len(panels), figsize=(width, 4), squeeze=False, layout="constrained")
+    colors = plt.get_cmap("tab10" if len(logs) <= 10 else "tab20").colors
 
-        # the same for the curves
-        blocks = list(zip(*[r["curves"] for r in runs]))
-        steps = [block[0]["step"] for block in blocks]
-        for name, line in (("kl_l", "-"), ("kl_w", ":")):
-            means = [np.mean([c[name] for c in block]) for block in blocks]
-            curves.plot(steps, means, line, color=color)
-
-    # methods differ tenfold in their KLs, and all start at 0
-    frontier.set(xlabel="KL(π ‖ π_ref) of samples, nats", ylabel="reward", title="reward against divergence")
-    frontier.set_xscale("symlog", linthresh=1)
-    figure.legend(loc="outside right center", fontsize=8)
-    curves.set(xlabel="step", ylabel="KL(π_ref ‖ π), nats", title="rejected (solid) and chosen (dotted) responses")
-    curves.set_yscale("symlog", linthresh=1)
+    for axis, (title, across, x, lines) in zip(axes[0], panels):
+        axis.set(title=title, xlabel=across)
+        # methods differ tenfold in their KLs, and all start at 0
+        if "eval_reward" in lines:
+            axis.set_xscale("symlog", linthresh=1)
+        if "kl_l" in lines:
+            axis.set_yscale("symlog", linthresh=1)
+        for number, log in enumerate(logs.values()):
+            for name, style in lines.items():
+                points = [record for record in log if x in record and name in record]
+                errors = [1.96 * record.get(name + "_se", 0) for record in points]
+                # a model that was evaluated once is a single large dot
+                size = 4 if len(points) > 1 else 9
+                axis.errorbar([record[x] for record in points], [record[name] for record in points], errors, fmt=style,
+                              color=colors[number % len(colors)], markersize=size, linewidth=1, elinewidth=0.5)
+    handles = [plt.Line2D([], [], color=colors[n % len(colors)]) for n in range(len(logs))]
+    figure.legend(handles, list(logs), loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=100)
+    plt.close(figure)
 
+
+# -----------------------------------------------------------------------------
+# the script: a table and a figure
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("--runs", required=True, help="directories of train.py, or .json (.gz) files that this script "
-                        "wrote, commas between; * and ? match; runs that differ in their seed alone share a line")
+    parser.add_argument("--runs", required=True, help="directories of train.py, commas between; * and ? match")
     parser.add_argument("--score", default="", help="models (directories or hub ids, commas between) to score anew, on "
                         "the first run's prefixes and against its reference")
     parser.add_argument("--eval_prefixes", type=int, default=0, help="--score: test prefixes (as many as the run had)")
-    parser.add_argument("--reward", default="", help="--score: another reward than the first run's")
+    parser.add_argument("--reward", default="", help="--score: a different reward than the first run's")
     parser.add_argument("--seed", type=int, default=0, help="--score: seed of the samples (0)")
     parser.add_argument("--device", default=DEVICES[0], choices=DEVICES, help="--score: where")
-    parser.add_argument("--at_kl", type=float, nargs="*", default=[1, 2], help="KLs to compare rewards at (1 2)")
-    parser.add_argument("--against", nargs="*", default=[], help="also tables of the differences at these KLs from the "
-                        "runs of this name, say dpo, paired by seed and prefix")
-    parser.add_argument("--out", default="out/frontier", help="writes OUT.json and OUT.png (out/frontier)")
+    parser.add_argument("--out", default="out/frontier.png", help="file of the figure (out/frontier.png)")
     args = parse(parser)
     if args.eval_prefixes < 0 or args.eval_prefixes == 1 or not 0 <= args.seed < 2**63:
         parser.error("--eval_prefixes must be 2 or more, --seed between 0 and 2^63")
     if not args.score and (args.eval_prefixes or args.reward or args.seed):
         parser.error("--eval_prefixes, --reward and --seed are for --score, and would be ignored")
-    writable(parser, args.out + ".json")
+    writable(parser, args.out)
 
-    # what this script wrote first, as its labels stand; a pattern is several
-    folders = []
+    # the runs' logs and last evaluations; a pattern is several directories
+    logs, last = {}, {}
     for part in args.runs.split(","):
-        folders += sorted(glob.glob(part)) or [part]
-    folders = dict.fromkeys(map(os.path.normpath, folders))
-    policies, first = [], None
-    for folder in sorted(folders, key=lambda x: not x.endswith((".json", ".json.gz"))):
-        path = os.path.join(folder, "options.json")
-        if folder.endswith((".json", ".json.gz")):
-            path = folder
-        opener = gzip.open if path.endswith(".gz") else open
-        try:
-            run = json.load(opener(path, "rt", encoding="utf-8"))
-            if isinstance(run, list):           # this script's own
-                for result in run:
-                    if not {"run", "label", "seed", "n", "evals", "curves", *SCORES} <= result.keys():
-                        raise ValueError
-                    if result in policies:
-                        continue
-                    if not are_seeds(result["label"], result, policies):
-                        result["label"] += f" of {folder}"
-                    policies.append(result)
-                continue
-            has_reward = run["data"] in TASKS and run["method"] != "sft"
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            parser.error(f"{folder} holds no run of train.py, and nothing that this script wrote")
-        if not has_reward:
-            parser.error(f"{folder} has no reward: it trained {run['method']} on {run['data']}")
-        first = first or run
-        policy = from_log(folder, run)
-        policy["label"] = label_of(policy, run, policies)
-        policies.append(policy)
-    labels = by_label(policies)
-    for against in args.against:
-        if against not in labels:
-            parser.error(f"--against={against}: the runs are called {', '.join(labels)}")
-    for r in policies:
-        if not all("rewards" in e for e in r["evals"]):
-            print(f"note: {r['run']} has not kept the samples of all evaluations, so it is not compared at equal KL")
+        for folder in sorted(glob.glob(os.path.join(part, ""))) or [part]:
+            folder = os.path.normpath(folder)
+            logs[folder] = read_log(folder)
+            evals = [record for record in logs[folder] if "eval_loss" in record]
+            if not evals:
+                parser.error(f"{folder} holds no run of train.py that has been evaluated")
+            last[folder] = evals[-1]
 
-    # checkpoints anew, also those that were trained elsewhere
-    scored = {path: load_model(path, args.device) for path in args.score.split(",") if path}
-    if scored and first is None:
-        parser.error("--score takes prefixes, reward and reference from a run of train.py in --runs")
+    # checkpoints scored anew, also those that were trained elsewhere: what can be wrong with them is found first
+    scored = [path for path in args.score.split(",") if path]
     if scored:
-        reward = load_reward(args.reward or first["reward"], args.device)
-        texts = load_texts(first["data"], first["texts"])
-    for path, (model, tokenizer) in scored.items():
-        ref = load_reference(first["ref_from"] or first["init_from"], model, tokenizer)
-        count = args.eval_prefixes or first["eval_prefixes"]
-        prefixes = task_prefixes(texts, tokenizer, first["seed"], 0, count)["test"]
-        result, _ = score_policy(model, ref, tokenizer, prefixes, reward, first["max_new_tokens"], args.seed)
-        policies.append(dict(result, run=path, label=path + " (scored)", seed=args.seed, evals=[], curves=[]))
-        pair = {"reference": ref, "policy": model}
-        show_completions(pair, tokenizer, prefixes[:3], reward, first["max_new_tokens"], args.seed)
+        first = list(logs)[0]
+        with open(os.path.join(first, "options.json"), encoding="utf-8") as f:
+            run = json.load(f)
+        if run["data"] not in TASKS or run["method"] == "sft":
+            parser.error(f"--score takes prefixes, reward and reference from the first of --runs, but {first} has none")
+        policies = {path: load_model(path, args.device) for path in scored}
+        reward = load_reward(args.reward or run["reward"], args.device)
+        texts = load_texts(run["data"], run["texts"])
+    for path in scored:
+        model, tokenizer = policies[path]
+        ref = load_reference(run["ref_from"] or run["init_from"], model, tokenizer)
+        count = args.eval_prefixes or run["eval_prefixes"]
+        prefixes = task_prefixes(texts, tokenizer, run["seed"], 0, count)["test"]
+        scores, _ = score_policy(model, ref, tokenizer, prefixes, reward, run["max_new_tokens"], args.seed)
+        last[path + " (scored)"] = {"eval_" + name: value for name, value in scores.items()}
+        logs[path + " (scored)"] = [last[path + " (scored)"]]
+        prompts = [encode_prompt(tokenizer, prefix) for prefix in prefixes[:3]]
+        show_answers({"reference": ref, "policy": model}, tokenizer, prompts, run["max_new_tokens"], args.seed, reward)
 
-    # the numbers, a table of them, a figure
-    lines = [json.dumps(result, ensure_ascii=False) for result in policies]
-    with open(args.out + ".json", "w", encoding="utf-8") as f:
-        f.write("[" + ",\n".join(lines) + "]\n")
-    results = references(policies) + policies
-    print("\n" + "\n".join(table(results, args.at_kl)))
-    print("\nmean ± half of a 95 % interval, over seeds or, where wider, over samples; at a KL [] is of a bootstrap "
-          "over seeds and prefixes, ± over seeds; nats, KLs summed over a response, entropy a mean over its tokens")
-    for against in args.against:
-        print("\n" + "\n".join(differences(results, args.at_kl, against)))
-    print(f"\nwrote {args.out}.json")
+    # a line for each, then the figure
+    columns = (*SCORES, "loss", "acc")
+    print("\n| run | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
+    for label, record in last.items():
+        cells = [label]
+        for name in columns:
+            cell = "–"
+            if "eval_" + name in record:
+                cell = f"{record['eval_' + name]:.3f}"
+            if f"eval_{name}_se" in record:
+                cell += f" ± {record[f'eval_{name}_se']:.3f}"
+            cells.append(cell)
+        print("| " + " | ".join(cells) + " |")
+    print("\nlast evaluations ± standard errors over their samples; KLs are sums over a response, in nats")
     try:
-        draw(results, args.out + ".png")
-        print(f"wrote {args.out}.png")
+        draw(logs, args.out)
+        print(f"wrote {args.out}")
     except ImportError:
         print("matplotlib is not installed, so no figure was drawn")

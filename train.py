@@ -1303,8 +1303,9 @@ if __name__ == "__main__":
         prefixes = eval_imdb.task_prefixes(reviews, tokenizer, seed, train_prefixes, eval_prefixes)
         # adapters would be computed anew for every token, and they do nothing yet
         sft_model = ref if lora_rank and not ref_from else model
-        source = eval_imdb.build_pairs(sft_model, tokenizer, prefixes["train"], score, os.path.dirname(out_dir), data,
-                                       reward, completions, min_score_gap, max_new_tokens, seed)
+        source = eval_imdb.build_pairs(sft_model, tokenizer, prefixes["train"], score, folder=os.path.dirname(out_dir),
+                                       name=data, reward=reward, completions=completions, min_score_gap=min_score_gap,
+                                       max_new_tokens=max_new_tokens, seed=seed)
         rows = read_rows(source)
     else:
         rows = read_rows(source, data_split, data_config)

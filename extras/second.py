@@ -1,7 +1,7 @@
 """A second opinion on the IMDb reward: score the samples that the first classifier has scored by logistic regression on
 TF-IDF of words and pairs of words, fitted to beginnings of IMDb's training reviews.
 
-    python -m extras.compare --runs='out/imdb/[1-3]-*dpo*' --out=out/imdb/first
+    python -m extras.compare --runs='out/imdb/[1-3]-*dpo*/' --out=out/imdb/first
     python -m extras.second imdb.parquet out/imdb/first.json out/imdb/second.json
     python -m extras.compare --runs=out/imdb/second.json --at_kl 0.25 0.5 1 --against dpo
 

@@ -1,0 +1,518 @@
+"""Compare methods at equal KL over several seeds, from the logs and samples of their runs.
+
+    python -m extras.compare --runs='out/reviews/[1-8]-*/' --at_kl 0.3 1 --against dpo 'dpo β=1'
+    python -m extras.compare --runs=assets/reviews.json.gz --only dpo 'tdpo2 α=0.5' --out=out/two
+    python -m extras.compare tables             # writes the result tables of README.md and assets/RESULTS.md again
+
+Runs that differ only in their seed share a line. The reward at a KL is read where a run's evaluations, joined by
+straight lines, first cross that KL(policy || reference). A difference is taken between runs of the same seed, on the
+same prefixes. OUT.json keeps everything that the tables and the figure need, so it can be given to --runs later.
+"""
+import argparse
+import ast
+import functools
+import glob
+import gzip
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+
+import numpy as np
+
+from eval_imdb import SCORES, TASKS, draw, read_log
+from sample import parse, writable
+
+PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+# -----------------------------------------------------------------------------
+# results of runs, and which runs are seeds of the same
+
+# options that may differ among the runs of a line
+OWN = ("seed", "out_dir", "resume", "overwrite", "device", "compile", "micro_tokens", "checkpoint_activations",
+       "wandb_log", "log_interval", "max_steps")
+# the functions of tdpo.py that make the objective
+OBJECTIVE = ("sum_tokens", "margin", "preference_loss")
+
+
+def objective_of(folder):
+    """The code of the objective in a folder's tdpo.py, without its comments, or "" if there is none."""
+    path = os.path.join(folder, "tdpo.py")
+    if not os.path.exists(path):
+        return ""
+    with open(path, encoding="utf-8") as f:
+        tree = ast.parse(f.read())
+    functions = [part for part in tree.body if getattr(part, "name", None) in OBJECTIVE]
+    return "\n".join(ast.unparse(function) for function in functions)
+
+
+def short_hash(*values):
+    """A short hash of values that json takes."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def from_log(folder, run):
+    """The result of a run with these options: its last scores; all evaluations (evals); the KLs of its training pairs
+    (curves); and three hashes. Runs with the same `setting` differ only in their seed, those with the same `origin`
+    share a reference, and those with the same `pair` drew the same first samples for the same prefixes."""
+    log = read_log(folder)
+    evals, pair = [], None
+    for record in log:
+        if "eval_reward" not in record:
+            continue
+        values = {"step": record["step"], "n": record["eval_n"]}
+        for name in SCORES:
+            values[name] = round(record["eval_" + name], 5)
+            values[name + "_se"] = round(record[f"eval_{name}_se"], 5)
+        # each sample's own, so that two runs can be compared prefix by prefix
+        path = os.path.join(folder, "evals", f"{record['step']}.jsonl")
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as f:
+                samples = [json.loads(line) for line in f]
+            values["rewards"] = [round(sample["reward"], 3) for sample in samples]
+            values["rkls"] = [round(sample["rkl"], 2) for sample in samples]
+            # the same samples before training: the same model, length and random numbers
+            if not evals:
+                drawn = [[sample["prompt"], sample["tokens"]] for sample in samples]
+                pair = short_hash(drawn, os.path.basename(run["reward"]))
+        evals.append(values)
+    if len(evals) < 2:
+        sys.exit(f"error: {folder} has logged no evaluation after its first")
+
+    # a point of a curve is the mean of ten steps
+    steps = [record for record in log if "kl_w" in record]
+    curves = []
+    for begin in range(0, len(steps), 10):
+        block = steps[begin:begin + 10]
+        point = {"step": block[-1]["step"]}
+        for name in ("kl_w", "kl_l", "kl_gap"):
+            mean = np.mean([record[name] for record in block])
+            point[name] = round(float(mean), 4)
+        curves.append(point)
+
+    # each seed may have a model of its own: reviews-sft-1, 1-sft
+    shared = {name: value for name, value in run.items() if name not in OWN}
+    for name in ("init_from", "ref_from"):
+        shared[name] = re.sub(rf"-{run['seed']}$|(?<![^/]){run['seed']}-(?=[^/]*$)", "", run[name])
+    last = {name: value for name, value in evals[-1].items() if name not in ("rewards", "rkls")}
+    return {
+        "run": folder, "seed": run["seed"], **last, "pair": pair,
+        "setting": short_hash(shared, last["step"], objective_of(folder)),
+        "origin": short_hash(*[shared[name] for name in ("data", "init_from", "reward", "texts")]),
+        "evals": evals, "curves": curves,
+    }
+
+
+def label_of(result, run, others):
+    """The name of a run's line: its method's, its directory's without a seed in front, or its whole path. It is the
+    first one that no other result has, except for other seeds of the same."""
+    label = run["method"]
+    if run["method"] == "tdpo2":
+        label += f" α={run['alpha']:g}"
+    if run["beta"] != 0.1:
+        label += f" β={run['beta']:g}"
+    labels = [label, re.sub(r"^\d+-", "", os.path.basename(result["run"])), result["run"]]
+    # an edited objective does not have the name of the paper's
+    if objective_of(result["run"]) not in ("", objective_of(PROJECT)):
+        labels.pop(0)
+    for label in labels:
+        if are_seeds(label, result, others):
+            break
+    return label
+
+
+def are_seeds(label, result, others):
+    """Whether all others with this label are other seeds of the same setting."""
+    for other in others:
+        if other["label"] != label:
+            continue
+        if other.get("setting") != result.get("setting") or other["seed"] == result["seed"]:
+            return False
+    return True
+
+
+def by_label(results):
+    """{label: its results}, in order."""
+    groups = {}
+    for result in results:
+        groups.setdefault(result["label"], []).append(result)
+    return groups
+
+
+def references(results):
+    """Results of the references, one for each seed: the scores of the runs' first evaluations, if the policy was still
+    the reference then. The reference of a different task or model has a line of its own."""
+    found, names = {}, {}
+    for r in results:
+        if not r["evals"] or abs(r["evals"][0]["sample_rkl"]) > 1e-4:
+            continue
+        origin = r.get("origin")
+        if origin not in names:
+            names[origin] = f"reference of {r['label']}" if names else "reference"
+        first = {**r["evals"][0], "run": r["run"], "label": names[origin], "seed": r["seed"], "evals": [], "curves": []}
+        found.setdefault((origin, r["seed"]), first)
+    return list(found.values())
+
+
+def read_json(path):
+    """What a .json or .json.gz file holds."""
+    opener = gzip.open if path.endswith(".gz") else open
+    with opener(path, "rt", encoding="utf-8") as f:
+        return json.load(f)
+
+
+# -----------------------------------------------------------------------------
+# rewards at equal KL
+
+# Student's t, the 97.5 % quantile for 2 to 16 values
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
+
+def student(values):
+    """Half of Student's 95 % interval of the mean of values (two or more)."""
+    n = len(values)
+    return T975[min(n - 2, len(T975) - 1)] * np.std(values, ddof=1) / n**0.5
+
+
+def interval(values, errors):
+    """(mean, half of a 95 % interval) over seeds: Student's, or the interval over samples, from the standard errors,
+    if that is wider, because two seeds can agree by chance."""
+    half = 1.96 * np.linalg.norm(errors) / len(values)
+    if len(values) > 1:
+        half = max(half, student(values))
+    return float(np.mean(values)), float(half)
+
+
+def reward_at(kls, rewards, level):
+    """Rewards (R,) at which R curves, kls and rewards (R, evaluations), joined by straight lines, first cross
+    KL(policy || ref) = level; NaN for a curve that does not."""
+    found = np.full(len(kls), np.nan)
+    # backwards, so that the first crossing is written last
+    for k in range(kls.shape[1] - 2, -1, -1):
+        a, b = kls[:, k], kls[:, k + 1]
+        crosses = (np.minimum(a, b) <= level) & (level <= np.maximum(a, b)) & (a != b)
+        share = (level - a[crosses]) / (b - a)[crosses]
+        found[crosses] = rewards[crosses, k] + share * (rewards[:, k + 1] - rewards[:, k])[crosses]
+    return found
+
+
+# draws of the bootstrap
+DRAWS = 2000
+
+
+@functools.lru_cache
+def drawn_prefixes(n):
+    """How often each of n prefixes is in a draw of n of them (DRAWS + 1, n); in the first draw each is once."""
+    rng = np.random.default_rng(n)
+    return np.vstack([np.ones(n), rng.multinomial(n, np.full(n, 1 / n), DRAWS)])
+
+
+def drawn_curves(run):
+    """(kls, rewards), each (DRAWS + 1, evaluations): the means over a run's prefixes, and over draws of them."""
+    counts = drawn_prefixes(run["n"])
+    kls = counts @ np.array([e["rkls"] for e in run["evals"]]).T / run["n"]
+    rewards = counts @ np.array([e["rewards"] for e in run["evals"]]).T / run["n"]
+    return kls, rewards
+
+
+def compare(runs, others, levels):
+    """What `compare_at` finds at each of the levels for these runs, or for their differences from the runs in others,
+    {pair: run}, that began alike."""
+    curves = []
+    for run in runs:
+        pair = [run]
+        if others is not None:
+            pair.append(others[run["pair"]])
+        if all(r["evals"] and all("rewards" in e for e in r["evals"]) for r in pair):
+            curves.append([drawn_curves(r) for r in pair])
+    return [compare_at(level, curves, len(runs)) for level in levels]
+
+
+def compare_at(level, curves, count):
+    """((mean, low, high, t) or None, reached): the mean over runs of the reward at KL(policy || ref) = level, from the
+    curves of each run, or from those of each pair of runs, whose rewards are subtracted. It is None unless all `count`
+    runs reach the level; reached is how many do. low and high: the 95 % interval of a bootstrap that draws seeds and,
+    for each, prefixes, the same for both runs. t: half of Student's interval over the seeds, the wider one if seeds
+    differ, NaN for one seed."""
+    found = []
+    for pair in curves:
+        rewards = [reward_at(*one, level) for one in pair]
+        difference = rewards[0]
+        if len(pair) == 2:
+            difference = rewards[0] - rewards[1]
+        # a run that reaches the level by a hair does so only in some of the draws
+        if np.isfinite(difference[0]) and np.isfinite(difference).mean() >= 0.95:
+            found.append(difference)
+
+    # the runs that come as far are the ones that move fast, so the mean of a part would mislead
+    n = len(found)
+    if n < count:
+        return None, n
+    # seeds, and for each a draw of its prefixes, independent of the others
+    found = np.stack(found)
+    rng = np.random.default_rng(0)
+    seeds = rng.integers(n, size=(DRAWS, n))
+    drawn = found[seeds, rng.integers(1, DRAWS + 1, size=seeds.shape)]
+    drawn = drawn[np.isfinite(drawn).any(axis=1)]
+    low, high = np.percentile(np.nanmean(drawn, axis=1), (2.5, 97.5))
+    t = math.nan
+    if n > 1:
+        t = student(found[:, 0])
+    return (float(found[:, 0].mean()), float(low), float(high), float(t)), n
+
+
+def compared(runs, others, levels):
+    """A cell for each level with what `compare` finds, or with how many of the runs come as far."""
+    cells = []
+    for found, reached in compare(runs, others, levels):
+        cell = "–"
+        if found is not None:
+            mean, low, high, t = found
+            cell = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+            if reached > 1:
+                cell += f" ± {t:.3f}"
+        elif reached:
+            cell = f"– ({reached} of {len(runs)})"
+        cells.append(cell)
+    return cells
+
+
+# -----------------------------------------------------------------------------
+# tables, as lines of Markdown, and the figure
+
+
+def markdown(head, rows):
+    """The lines of a table of cells."""
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return lines + ["| " + " | ".join(cells) + " |" for cells in rows]
+
+
+def table(results, levels):
+    """Means and 95 % intervals of the last evaluations, and rewards at equal KL, a line for each label."""
+    head = ["method", "reward", "KL(π ‖ π_ref)", "KL(π_ref ‖ π)", "entropy"]
+    head += [f"reward at KL {level:g}" for level in levels] + ["seeds × samples"]
+    rows = []
+    for label, runs in by_label(references(results) + results).items():
+        cells = [label]
+        for name in SCORES:
+            mean, half = interval([r[name] for r in runs], [r[name + "_se"] for r in runs])
+            cells.append(f"{mean:.3f} ± {half:.3f}")
+        cells += compared(runs, None, levels)
+        cells.append(f"{len(runs)} × {runs[0]['n']}")
+        rows.append(cells)
+    return markdown(head, rows)
+
+
+def differences(results, levels, against):
+    """Rewards at equal KL, less those of the runs labelled against, of the same seed and prefixes."""
+    groups = by_label(results)
+    others = {run["pair"]: run for run in groups[against] if run.get("pair")}
+    rows = []
+    for label, runs in groups.items():
+        if label == against or not runs[0]["evals"]:
+            continue
+        paired = sum(run.get("pair") in others for run in runs)
+        cells = [f"– ({paired} of {len(runs)} began alike)"] * len(levels)
+        if paired == len(runs):
+            cells = compared(runs, others, levels)
+        rows.append([label, *cells])
+    return markdown(["method"] + [f"less {against} at KL {level:g}" for level in levels], rows)
+
+
+def differences_of_edits(results, levels, bases):
+    """The same of each label in bases, {label: the label that it is compared with}."""
+    groups, rows = by_label(results), []
+    for label, base in bases.items():
+        others = {run["pair"]: run for run in groups[base]}
+        rows.append([label, base, *compared(groups[label], others, levels)])
+    return markdown(["line", "less"] + [f"at KL {level:g}" for level in levels], rows)
+
+
+def ends(results, levels, labels):
+    """For each of the labels the KL and the reward at which its runs end, and rewards at equal KL, by that KL."""
+    groups, rows = by_label(results), []
+    for label in labels:
+        runs = groups[label]
+        kl, wide = interval([r["sample_rkl"] for r in runs], [r["sample_rkl_se"] for r in runs])
+        reward, half = interval([r["reward"] for r in runs], [r["reward_se"] for r in runs])
+        cells = [label, f"{kl:.1f} ± {wide:.1f}", f"{reward:.2f} ± {half:.2f}"]
+        for found, _ in compare(runs, None, levels):
+            cells.append("–" if found is None else f"{found[0]:.2f}")
+        rows.append((kl, cells))
+    rows.sort(reverse=True)
+    head = ["method", "ends at KL", "with reward", f"reward at KL {levels[0]:g}"]
+    return markdown(head + [f"{level:g}" for level in levels[1:]], [cells for _, cells in rows])
+
+
+def table_1(results, paper):
+    """Table 1 in small: accuracies and KLs of held-out pairs, entropy of samples; paper: {label: its numbers}."""
+    rows = []
+    for r in results:
+        t = T975[r["prompts"] - 2]
+        cells = [r["label"], paper[r["label"]]]
+        # over many pairs, and over few prompts
+        for name, wide in (("acc", 1.96), ("acc_loss", 1.96), ("kl_w", 0), ("kl_l", 0), ("entropy", t),
+                           ("surprisal", t)):
+            cell = f"{r[name]:.3f}"
+            if wide:
+                cell += f" ± {wide * r[name + '_se']:.3f}"
+            cells.append(cell)
+        rows.append(cells + [str(r["pairs"]), str(r["prompts"])])
+    return markdown(["method", "paper: accuracy, entropy", "ours: acc", "acc_loss", "D chosen", "D rejected", "entropy",
+                     "−log p", "pairs", "prompts"], rows)
+
+
+def mean_logs(results):
+    """{label: records as in a log, of means over seeds}, which eval_imdb.py draws."""
+    logs = {}
+    for label, runs in by_label(results).items():
+        logs[label] = []
+        for evals in zip(*[r["evals"] or [r] for r in runs]):
+            mean, half = interval([e["reward"] for e in evals], [e["reward_se"] for e in evals])
+            kl = np.mean([e["sample_rkl"] for e in evals])
+            logs[label].append({"step": evals[0]["step"], "eval_sample_rkl": kl, "eval_reward": mean,
+                                "eval_reward_se": half / 1.96})
+        for block in zip(*[r["curves"] for r in runs]):
+            means = {name: np.mean([point[name] for point in block]) for name in ("kl_w", "kl_l")}
+            logs[label].append({"step": block[0]["step"], **means})
+    return logs
+
+
+# -----------------------------------------------------------------------------
+# the tables that stand in README.md and assets/RESULTS.md, each between <!-- table NAME --> and <!-- end -->
+
+REVIEWS = [0.3, 0.75, 1, 2]
+IMDB = [0.25, 0.5, 1]
+# what README shows, as a table and as a figure
+SHOWN = ["dpo", "dpo β=0.3", "dpo β=1", "dpo β=3", "tdpo1"]
+SHOWN += ["tdpo2 α=0.25", "tdpo2 α=0.5", "tdpo2 α=1", "tdpo2 α=2"]
+EDITS = {"ipo": "dpo", "lndpo": "dpo", "tdpo2r": "tdpo2 α=0.5"}
+# accuracy and entropy of the paper's Table 1
+PAPER = {
+    "fdpo β=0.03": "54.71 %, 4.708",
+    "dpo": "59.43 %, 3.196",
+    "tdpo1": "60.08 %, 4.727",
+    "tdpo2 α=0.5": "67.33 %, 4.915",
+}
+
+# {name: (function, its data in assets/, its further arguments)}
+TABLES = {
+    "reviews": (table, "reviews.json.gz", REVIEWS),
+    "reviews, ends": (ends, "reviews.json.gz", REVIEWS[:3], SHOWN),
+    "reviews, edits": (differences_of_edits, "reviews.json.gz", REVIEWS, EDITS),
+    "reviews-half": (table, "reviews-half.json.gz", REVIEWS),
+    "imdb": (table, "imdb.json.gz", IMDB),
+    "imdb-second": (table, "imdb-second.json.gz", IMDB),
+    "imdb-two-seeds": (table, "imdb-two-seeds.json", []),
+    "hh": (table_1, "hh.json", PAPER),
+}
+for base in ("dpo", "dpo β=0.3", "dpo β=1", "dpo β=3"):
+    TABLES[f"reviews, less {base}"] = (differences, "reviews.json.gz", REVIEWS, base)
+for base in ("dpo", "dpo β=0.3", "dpo β=1"):
+    TABLES[f"imdb, less {base}"] = (differences, "imdb.json.gz", IMDB, base)
+    TABLES[f"imdb-second, less {base}"] = (differences, "imdb-second.json.gz", IMDB, base)
+
+
+def with_tables(text):
+    """(the text, in which each of the TABLES that it holds is made anew from the data, and the names of these)."""
+    names = []
+    for name, (function, data, *arguments) in TABLES.items():
+        marker = f"<!-- table {name} -->\n"
+        if marker not in text:
+            continue
+        lines = function(read_json(os.path.join(PROJECT, "assets", data)), *arguments)
+        begin = text.index(marker) + len(marker)
+        end = text.index("<!-- end -->", begin)
+        text = text[:begin] + "\n".join(lines) + "\n" + text[end:]
+        names.append(name)
+    return text, names
+
+
+# -----------------------------------------------------------------------------
+# the script
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False, prog="python -m extras.compare")
+    parser.add_argument("what", nargs="?", choices=("tables",), help="write the tables of the project's results again")
+    parser.add_argument("--runs", default="", help="directories of train.py, or .json (.gz) files that this script "
+                        "wrote, commas between; * and ? match")
+    parser.add_argument("--only", nargs="*", default=[], help="of these the runs with these names, say dpo (all)")
+    parser.add_argument("--at_kl", type=float, nargs="*", default=[1, 2], help="KLs to compare rewards at (1 2)")
+    parser.add_argument("--against", nargs="*", default=[], help="names of runs, say dpo: adds a table of the "
+                        "differences from each at these KLs, paired by seed and prefix")
+    parser.add_argument("--out", default="out/compared", help="writes OUT.json and OUT.png (out/compared)")
+    args = parse(parser)
+
+    if args.what == "tables":
+        for name in ("README.md", "assets/RESULTS.md"):
+            path = os.path.join(PROJECT, name)
+            with open(path, encoding="utf-8") as f:
+                text, names = with_tables(f.read())
+            with open(path, "w", encoding="utf-8") as f:
+                f.write(text)
+            print(f"{name}: {'; '.join(names)}")
+        sys.exit()
+    if not args.runs:
+        parser.error("--runs names directories of train.py, or .json files that this script wrote")
+    writable(parser, args.out + ".json")
+
+    # a pattern is several sources; those that this script wrote come first, so that their labels stay
+    sources = []
+    for part in args.runs.split(","):
+        sources += sorted(glob.glob(part)) or [part]
+    sources = dict.fromkeys(map(os.path.normpath, sources))
+    results = []
+    for source in sorted(sources, key=lambda x: not x.endswith((".json", ".json.gz"))):
+        try:
+            if source.endswith((".json", ".json.gz")):
+                for result in read_json(source):
+                    if not {"run", "label", "seed", "n", "evals", "curves", *SCORES} <= result.keys():
+                        raise ValueError
+                    # the same run may be in two files
+                    if result in results:
+                        continue
+                    if not are_seeds(result["label"], result, results):
+                        result["label"] += f" of {source}"
+                    results.append(result)
+                continue
+            run = read_json(os.path.join(source, "options.json"))
+            has_reward = run["data"] in TASKS and run["method"] != "sft"
+        except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError):
+            parser.error(f"{source} holds no run of train.py, and nothing that this script wrote")
+        if not has_reward:
+            parser.error(f"{source} has no reward: it trained {run['method']} on {run['data']}")
+        result = from_log(source, run)
+        result["label"] = label_of(result, run, results)
+        results.append(result)
+
+    # the runs that are wanted
+    labels = by_label(results)
+    for name in args.only + args.against:
+        if name not in labels:
+            parser.error(f"there is no run called {name}: the runs are called {', '.join(labels)}")
+    if args.only:
+        results = [result for result in results if result["label"] in args.only + args.against]
+    without = [r["run"] for r in results if not all("rewards" in e for e in r["evals"])]
+    if without and args.at_kl:
+        print("note: not compared at equal KL, because they have not kept the samples of all their evaluations: "
+              + ", ".join(without))
+
+    # the numbers, tables of them, a figure
+    with open(args.out + ".json", "w", encoding="utf-8") as f:
+        lines = [json.dumps(result, ensure_ascii=False) for result in results]
+        f.write("[" + ",\n".join(lines) + "]\n")
+    print("\n" + "\n".join(table(results, args.at_kl)))
+    print("\nmean ± half of a 95 % interval, over seeds or, if that is wider, over samples. In brackets: a 95 % "
+          "bootstrap interval over seeds and prefixes; ± after it: Student's t over seeds. Nats; KLs are sums over a "
+          "response, entropy is a mean over its tokens")
+    for against in args.against:
+        print("\n" + "\n".join(differences(results, args.at_kl, against)))
+    print(f"\nwrote {args.out}.json")
+    try:
+        draw(mean_logs(references(results) + results), args.out + ".png")
+        print(f"wrote {args.out}.png")
+    except ImportError:
+        print("matplotlib is not installed, so no figure was drawn")
