@@ -1468,6 +1468,19 @@ def test_texts_of_ones_own(words, tmp_path):
     assert len(prefixes["train"]) == 3 and len(prefixes["test"]) == 2 and prefixes["train"][0].startswith("the plot")
     with pytest.raises(SystemExit, match="has no text in its train split"):
         eval_imdb.load_texts("imdb", write_lines(path, rows[:1]))
+    # a table without split, with rows that have no text, and a directory with splits
+    from datasets import Dataset
+    table = Dataset.from_dict(dict(text=[None, " ", *(f"text {n}" for n in range(18))]))
+    table.to_parquet(tmp_path / "texts.parquet")
+    texts = eval_imdb.load_texts("imdb", str(tmp_path / "texts.parquet"))
+    assert sorted(texts["test"]) == ["text 17", "text 7"] and len(texts["train"]) == 16
+    for split in ("train", "test"):
+        table.to_parquet(tmp_path / "folder" / f"{split}.parquet")
+    texts = eval_imdb.load_texts("imdb", str(tmp_path / "folder"))
+    assert sorted(texts["train"]) == sorted(texts["test"]) == sorted(table["text"][2:])
+    write_lines(path, ["{broken"])
+    with pytest.raises(SystemExit, match="cannot read the texts in .*texts.jsonl .*JSON.*; --texts takes a .parquet"):
+        eval_imdb.load_texts("imdb", path)
 
 
 def test_generation_is_seeded_and_stops_at_eos(words):
@@ -1560,8 +1573,68 @@ def test_a_classifier_is_a_reward(words, tmp_path):
                 eval_imdb.load_reward(str(tmp_path))
     reward, texts = eval_imdb.load_reward(str(tmp_path)), ["the plot was dull", "i loved this film and the music", "a"]
     expected = [model(**words(x, return_tensors="pt")).logits.softmax(-1)[0, 1].item() for x in texts]
-    assert reward(texts) == approx(expected, rel=1e-5)
-    assert reward(["the plot " * 90])[0] > 0                # longer than its 64 positions
+    assert reward(texts) == approx(expected, rel=1e-5) and reward(texts[::-1]) == approx(expected[::-1], rel=1e-5)
+    # longer than its 64 positions
+    assert reward(["the plot " * 90]) == approx(reward(["the plot " * 32]), rel=1e-6)
+
+
+def test_pairs_are_of_the_weights_below_adapters(words, tmp_path):
+    """The file's name depends on weights, prefixes and options, and on no adapter that has learned nothing."""
+    options = dict(folder=str(tmp_path), name="reviews", reward="exact", completions=4, min_score_gap=0.1,
+                   max_new_tokens=24, seed=1)
+    model = eval_imdb.scratch_model(0)[0]
+    first = eval_imdb.build_pairs(model, words, ["the plot", "i saw"], eval_imdb.exact_reward, **options)
+    assert os.path.dirname(first) == str(tmp_path) and lines_of(first)
+    train.adapt(model, 3, False)
+    assert eval_imdb.build_pairs(model, words, ["the plot", "i saw"], eval_imdb.exact_reward, **options) == first
+    others = []
+    for change in (dict(prefixes=["the plot"]), dict(seed=2), dict(max_new_tokens=23), dict(weight=1.0)):
+        change = {"prefixes": ["the plot", "i saw"], **options, **change}
+        with torch.no_grad():
+            model.transformer.wte.weight[3, 4] += change.pop("weight", 0.0)
+        others.append(eval_imdb.build_pairs(model, words, score=eval_imdb.exact_reward, **change))
+    assert len({first, *others}) == 5
+    # numpy knows no bf16
+    model = eval_imdb.scratch_model(0)[0].bfloat16()
+    assert eval_imdb.build_pairs(model, words, ["the plot"], eval_imdb.exact_reward, **options) not in others
+
+
+def test_answers_are_shown_with_the_end_of_a_long_prompt(words, capsys):
+    models = {name: eval_imdb.scratch_model(seed)[0] for seed, name in enumerate(("SFT", "dpo"))}
+    prompts = [words(x)["input_ids"] for x in ("the plot", "the music " * 40)]
+    eval_imdb.show_answers(models, words, prompts, 8, seed=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "the plot" and lines[5] == "..." + ("the music " * 40).strip()[-300:]
+    for line, name, prompt in ((lines[2], "SFT", 0), (lines[7], "dpo", 1)):
+        ((response,),) = sample.generate(models[name], words, prompts, 8, seed=1)[prompt:][:1]
+        assert line == f"  {name:9} |" + sample.response_text(words, prompts[prompt], response)
+    eval_imdb.show_answers(models, words, prompts[:1], 8, 1, lambda texts: [len(text.split()) for text in texts])
+    assert re.search(r"^  SFT +\+10.00 \| ?\w", capsys.readouterr().out, re.M)
+
+
+def test_a_figure_has_a_panel_for_everything_that_logs_hold(tmp_path, monkeypatch):
+    pyplot, figures = pytest.importorskip("matplotlib.pyplot"), []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    rewards = [dict(step=n, eval_reward=0.1 * n, eval_reward_se=0.1, eval_sample_rkl=n / 2) for n in range(3)]
+    kls = [dict(step=n, kl_l=2 * n, kl_w=n) for n in range(1, 5)]
+    losses = [dict(step=n, loss=1 / n) for n in range(1, 5)] + [dict(step=4, eval_loss=0.5)]
+    for logs, titles, name in (
+        ({"sft": losses}, ["loss"], "loss"),
+        ({"a run": rewards + kls + losses}, ["reward", "KL", "loss"], "loss"),
+        ({f"run {n}": rewards[n % 3:] + kls for n in range(12)}, ["reward", "KL"], "kl_l"),
+        ({"a run": rewards + kls, "scored": rewards[:1]}, ["reward", "KL"], "kl_l"),
+    ):
+        eval_imdb.draw(logs, tmp_path / "log.png")
+        figure = figures[-1]
+        assert [re.match(r"\w+", axis.get_title())[0] for axis in figure.axes] == titles
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == list(logs)
+        # each log has its color, and in the last panel its points
+        lines = [container[0] for container in figure.axes[-1].containers[::2]]
+        assert len({line.get_color() for line in lines}) == len(logs)
+        for line, log in zip(lines, logs.values()):
+            assert list(line.get_ydata()) == [record[name] for record in log if name in record]
+    # a model that was evaluated once is a point of the first
+    assert figure.axes[0].containers[1][0].get_xydata().tolist() == [[0, 0]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1717,10 +1790,11 @@ def test_the_embedded_task_end_to_end(runs):
     # three prefixes with a completion and a reward of both models, then what comes next
     out = open("tdpo2.txt").read()
     assert out.rstrip().endswith("\nsaved tdpo2 | next: python sample.py --model=tdpo2")
-    assert all(any(name in record for record in log) for names in train.PANELS.values() for name in names)
+    drawn = {name for _, _, x, lines in eval_imdb.PANELS for name in (x, *lines)}
+    assert all(any(name in record for record in log) for name in drawn)
     drawn = importlib.util.find_spec("matplotlib") is not None
     assert os.path.exists("tdpo2/log.png") == drawn and ("wrote tdpo2/log.png" in out) == drawn
-    shown = re.findall(r"\n(.+) \.\.\.\n  SFT +(\S+) \|(.*)\n  tdpo2 +(\S+) \|(.*)\n", out)
+    shown = re.findall(r"\n(.+)\n  SFT +(\S+) \|(.*)\n  tdpo2 +(\S+) \|(.*)\n", out)
     assert len(shown) == 3
     for prefix, sft_reward, sft_text, reward, text in shown:
         rewards = eval_imdb.exact_reward([prefix + sft_text, prefix + text])
@@ -1775,126 +1849,28 @@ def test_sample_measures_reference_and_policy(runs):
     says(1, "a prompt of 200 tokens leaves no room", "sample.py", "--model=model", "--prompt=" + "the " * 200)
 
 
-def test_rewards_at_a_kl_are_compared_seed_by_seed_and_prefix_by_prefix():
-    """Against draws that are made one by one, and where the prefixes differ far more than the methods do."""
-    rng, runs = np.random.default_rng(1), {}
-    for label, gain in (("dpo", 0.0), ("tdpo2", 0.1)):
-        runs[label] = []
-        for seed in range(6):
-            evals, own = [], np.random.default_rng(seed).normal(size=40)
-            for step in range(4):
-                rewards = own + (0.2 + gain) * step + rng.normal(size=40) * 0.02
-                evals.append(dict(step=step, rewards=list(rewards), rkls=[float(step)] * 40))
-            runs[label].append(dict(pair=f"prefixes {seed}", n=40, evals=evals))
-    others = {run["pair"]: run for run in runs["dpo"]}
-    (mean, low, high, t), seeds = eval_imdb.compare(runs["tdpo2"], others, 1.5)
-    means = [[np.mean([e["rewards"] for e in run["evals"][1:3]]) for run in group] for group in runs.values()]
-    assert mean == approx(np.mean(np.subtract(*means[::-1]))) and seeds == 6
-    # by hand: seeds, then prefixes
-    drawn = []
-    for _ in range(2000):
-        found = []
-        for seed in rng.integers(6, size=6):
-            prefixes = rng.integers(40, size=40)
-            at = [np.mean([np.array(e["rewards"])[prefixes] for e in runs[x][seed]["evals"][1:3]]) for x in runs]
-            found.append(at[1] - at[0])
-        drawn.append(np.mean(found))
-    assert [low, high] == approx(np.percentile(drawn, (2.5, 97.5)), abs=5e-4) and 0 < low < 0.15 < high < 0.16
-    assert t == approx(2.571 * np.std(np.subtract(*means[::-1]), ddof=1) / 6**0.5)
-    # alone, seeds and prefixes count; a KL that one run does not reach, one that none does, and other prefixes
-    (_, low, high, _), _ = eval_imdb.compare(runs["dpo"], None, 1.5)
-    assert high - low > 0.15
-    runs["tdpo2"][0]["evals"].pop()
-    for level, cell in ((2.5, "– (5 of 6)"), (9, "–")):
-        assert eval_imdb.compared(runs["tdpo2"], others, level) == cell
-    for label, group in runs.items():
-        for run in group:
-            run["label"] = label
-    runs["tdpo2"][1]["pair"], runs["tdpo2"][2]["pair"] = "prefixes of another", None
-    lines = eval_imdb.differences(runs["tdpo2"] + runs["dpo"], [1.5], "dpo")
-    assert lines[2:] == ["| tdpo2 | – (4 of 6 began alike) |"]
-    # where a KL is reached by a hair, half of the draws fall short
-    hair = dict(pair="x", n=40, evals=[dict(rewards=[0.0] * 40, rkls=[0.0] * 40),
-                                       dict(rewards=[1.0] * 40, rkls=[0.0, 2.0] * 20)])
-    assert eval_imdb.compared([hair], None, 0.999) == "–"
-    assert eval_imdb.compared([hair], None, 0.2).startswith("+0.200 [")
-    # curves cross a level where they do so first
-    kls, rewards = np.array([[0.0, 2, 1, 3], [0, 0.5, 0.6, 0.7]]), np.array([[0.0, 1, 5, 7], [0, 1, 2, 3]])
-    assert eval_imdb.reward_at(kls, rewards, 1.5) == approx([0.75, math.nan], nan_ok=True)
-    assert eval_imdb.reward_at(kls, rewards, 2.5)[0] == approx(6.5)
 
 
 def test_table_and_figure_come_from_logs_and_models_are_scored_anew(runs):
     shutil.copytree("tdpo2", "elsewhere", ignore=shutil.ignore_patterns("options.json", "log.jsonl"))
-    at_kl = "--at_kl", "0.001", "0.5"
-    out = says(0, r"reward at KL 0\.001 \| reward at KL 0\.5 \|", "eval_imdb.py", "--runs=tdp*2", "--score=elsewhere",
-               "--seed=1", "--eval_prefixes=24", *at_kl, "--out=frontier")
-    run, scored = json.load(open("frontier.json"))
-    assert run["evals"][0]["sample_kl"] == 0 and [x["step"] for x in run["evals"]] == [0, 4, 8]
-    assert re.search(r"^\| reference \|.* 1 × 24 \|$", out, re.M)
-    for name in ("n", *eval_imdb.SCORES):           # the same seed and prefixes: what was logged is what is measured
-        logged = log_of("tdpo2")[-1]["eval_" + name]
-        assert [run[name], scored[name]] == approx([logged] * 2, rel=1e-4, abs=1e-5)
-    kl_l = np.mean([x["kl_l"] for x in steps_of("tdpo2")])
-    assert [(x["step"], x["kl_l"]) for x in run["curves"]] == [(8, approx(kl_l, abs=1e-4))]
-    # each sample is kept, and a run's own numbers are those of its samples
-    for e in run["evals"]:
-        samples = lines_of(f"tdpo2/evals/{e['step']}.jsonl")
-        assert [e["reward"], e["sample_rkl"]] == approx([np.mean([x[k] for x in samples]) for k in ("reward", "rkl")],
-                                                        abs=1e-4)
-        assert e["rkls"] == approx([x["rkl"] for x in samples], abs=6e-3) and len(samples) == 24
-        texts = [x["prompt"] + x["response"] for x in samples]
-        assert e["rewards"] == approx(eval_imdb.exact_reward(texts), abs=1e-3)
+    out = says(0, "wrote|no figure", "eval_imdb.py", "--runs=tdp*2,sft", "--score=elsewhere", "--eval_prefixes=24",
+               "--seed=1", "--out=frontier.png")
+    lines = {line.split(" | ")[0]: line for line in out.splitlines() if line.startswith("| ")}
+    assert list(lines) == ["| run", "| tdpo2", "| sft", "| elsewhere (scored)"]
+    # the same seed and prefixes: the logged numbers are those that are measured anew
+    last = log_of("tdpo2")[-1]
+    cells = [f"{last['eval_' + name]:.3f} ± {last[f'eval_{name}_se']:.3f}" for name in eval_imdb.SCORES]
+    losses = f"{last['eval_loss']:.3f} | {last['eval_acc']:.3f}"
+    assert lines["| tdpo2"] == "| tdpo2 | " + " | ".join(cells) + f" | {losses} |"
+    assert lines["| elsewhere (scored)"] == "| elsewhere (scored) | " + " | ".join(cells) + " | – | – |"
+    assert lines["| sft"] == f"| sft | – | – | – | – | {log_of('sft')[-1]['eval_loss']:.3f} | – |"
+    assert len(re.findall(r"\n.+\n  reference +[+-]\S+ \|.*\n  policy +[+-]\S+ \|.*\n", out)) == 3
     assert os.path.exists("frontier.png") or "no figure was drawn" in out
-    with gzip.open("frontier.json.gz", "wb") as f:
-        f.write(open("frontier.json", "rb").read())
-    again = says(0, "reward at", "eval_imdb.py", "--runs=frontier.json.gz", *at_kl, "--out=again")
-    assert re.findall(r"^\|.*", out, re.M) == re.findall(r"^\|.*", again, re.M)
-    says(2, "has no reward", "eval_imdb.py", "--runs=sft", "--out=again")
-    says(2, "the runs are called tdpo2 α=0.5", "eval_imdb.py", "--runs=tdpo2", "--against=dpo", "--out=no")
-
-    # the same run once more is no second seed, and what would mislead has no line of the others'
-    shutil.copytree("tdpo2", "twice")
-    out = says(0, r"\| tdpo2 α=0.5 \|.* 1 × 24 \|", "eval_imdb.py", "--runs=tdpo2,twice", "--out=again")
-    assert re.search(r"^\| twice \|.* 1 × 24 \|", out, re.M)
-    # runs with an edited objective have a line of their own: their directory's name, that seeds share, where they
-    # differ in nothing else
-    options = json.load(open("tdpo2/options.json"))
-    for name, seed, rate in (("1-more", 1, 1e-4), ("2-more", 2, 1e-4), ("3-more", 3, 2e-4), ("4-more", 1, 1e-4)):
-        shutil.copytree("tdpo2", name)
-        write_lines(f"{name}/options.json", [{**options, "seed": seed, "learning_rate": rate}])
-        text = text_of(os.path.abspath(f"{name}/tdpo.py"))
-        write_lines(f"{name}/tdpo.py", [text.replace("return -F.logsigmoid(m)", "return torch.relu(1 - m)")])
-    out = says(0, r"less tdpo2 α=0.5 at KL 0.001", "eval_imdb.py", "--runs=tdpo2,?-more,tdpo2", *at_kl, "--out=again",
-               "--against", "tdpo2 α=0.5")
-    lines = [line for line in out.splitlines() if line.startswith("| ") and line.endswith("× 24 |")]
-    assert [(line.split(" | ")[0], line.split(" | ")[-1]) for line in lines if "reference" not in line] == [
-        ("| tdpo2 α=0.5", "1 × 24 |"), ("| more", "2 × 24 |"), ("| 3-more", "1 × 24 |"), ("| 4-more", "1 × 24 |")]
-    assert "| more | +0.000 [+0.000, +0.000] ± 0.000 | – |" in out
-    # alone, too, it has not the name of the paper's; another comment makes no other objective
-    says(0, r"\n\| more \|", "eval_imdb.py", "--runs=1-more", "--out=again")
-    shutil.copytree("tdpo2", "commented")
-    with open("commented/tdpo.py", "a") as f:
-        f.write("# edited\n")
-    says(0, r"\n\| tdpo2 α=0.5 \|", "eval_imdb.py", "--runs=commented", "--out=again")
-    # behind what this script wrote: another seed joins, the same one and one with other options do not
-    says(0, "wrote", "eval_imdb.py", "--runs=tdpo2", "--out=first")
-    for name, change, label in (("others/tdpo2", {}, "tdpo2"), ("others/5-a", dict(seed=5), "tdpo2 α=0.5"),
-                                ("others/6-b", dict(seed=6, learning_rate=1.0), "b")):
-        shutil.copytree("tdpo2", name)
-        write_lines(f"{name}/options.json", [{**options, **change}])
-        out = says(0, "wrote", "eval_imdb.py", f"--runs={name},first.json", "--out=again")
-        counts = dict(re.findall(r"^\| ([^|]+) \|.* (\d) × 24 \|$", out, re.M))
-        assert counts.pop("reference") == ("1" if change == {} else "2")
-        assert counts == ({"tdpo2 α=0.5": "2"} if label == "tdpo2 α=0.5" else {"tdpo2 α=0.5": "1", label: "1"}), out
-    # nor what is given twice, or was written of the same run elsewhere
-    shutil.copy("first.json", "same.json")
-    says(0, "wrote", "eval_imdb.py", "--runs=others/tdpo2", "--out=moved")
-    out = says(0, "wrote", "eval_imdb.py", "--runs=first.json,same.json,moved.json", "--out=again")
-    assert re.findall(r"^\| (tdpo2[^|]+) \|.* (\d) × 24 \|$", out, re.M) == [
-        ("tdpo2 α=0.5", "1"), ("tdpo2 α=0.5 of moved.json", "1")]
-    os.remove("4-more/evals/4.jsonl")
-    out = says(0, "4-more has not kept the samples", "eval_imdb.py", "--runs=4-more", *at_kl, "--out=again")
+    # what is wrong is said before anything is scored
+    says(2, "elsewhere holds no run of train.py", "eval_imdb.py", "--runs=elsewhere", "--out=no.png")
+    says(2, "but sft has none", "eval_imdb.py", "--runs=sft,tdpo2", "--score=tdpo2", "--out=no.png")
+    says(1, "cannot load nowhere", "eval_imdb.py", "--runs=tdpo2", "--score=tdpo2,nowhere", "--out=no.png")
+    says(2, "would be ignored", "eval_imdb.py", "--runs=tdpo2", "--seed=1", "--out=no.png")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2444,137 +2420,6 @@ def test_the_trl_subclass_of_the_readme(runs):
     assert math.isfinite(trainer.train().training_loss)
 
 
-def runs_of(name):
-    with gzip.open(os.path.join(HERE, "assets", name), "rt", encoding="utf-8") as f:
-        return json.load(f)
-
-
-@pytest.mark.parametrize("name, levels, betas", [("reviews", [0.3, 0.75, 1, 2], ("", " β=0.3", " β=1", " β=3")),
-                                                 ("reviews-half", [0.3, 0.75, 1, 2], ()),
-                                                 ("imdb", [0.25, 0.5, 1], ("", " β=0.3", " β=1")),
-                                                 ("imdb-second", [0.25, 0.5, 1], ("", " β=0.3", " β=1"))])
-def test_tables_are_those_of_the_data(name, levels, betas):
-    results, study = text_of("assets/RESULTS.md"), runs_of(name + ".json.gz")
-    tables = [eval_imdb.table(eval_imdb.references(study) + study, levels)]
-    tables += [eval_imdb.differences(study, levels, "dpo" + beta) for beta in betas]
-    assert all("\n".join(lines) in results for lines in tables)
-
-
-def above_the_line(groups, label, low, high):
-    """Of each seed the last reward, less that of the straight line between the ends of two others."""
-    above = []
-    for seed in range(1, len(groups[label]) + 1):
-        (k, r), (k0, r0), (k1, r1) = [(x["sample_rkl"], x["reward"]) for y in (label, low, high)
-                                      for x in groups[y] if x["seed"] == seed]
-        above.append(r - r0 - (r1 - r0) * (k - k0) / (k1 - k0))
-    return above
-
-
-def test_what_is_said_of_the_results_is_in_the_data():
-    results, readme = text_of("assets/RESULTS.md"), text_of("README.md")
-    study, levels = runs_of("reviews.json.gz"), [0.3, 0.75, 1, 2]
-    groups = eval_imdb.by_label(study)
-    for label, base in (("ipo", "dpo"), ("lndpo", "dpo"), ("tdpo2r", "tdpo2 α=0.5")):
-        (line,) = [x for x in eval_imdb.differences(study, levels, base) if x.startswith(f"| {label} |")]
-        assert line.replace(f"| {label} |", f"| {label} | {base} |") in results
-    # README's, by the KL at which methods end
-    ends = {label: np.mean([[r["sample_rkl"], r["reward"]] for r in runs], 0) for label, runs in groups.items()}
-    lines = []
-    for label in sorted(ends, key=lambda label: -ends[label][0]):
-        if label in readme:
-            kl, half = eval_imdb.interval(*[[r["sample_rkl" + x] for r in groups[label]] for x in ("", "_se")])
-            reward, spread = eval_imdb.interval(*[[r["reward" + x] for r in groups[label]] for x in ("", "_se")])
-            cells = [label, f"{kl:.1f} ± {half:.1f}", f"{reward:.2f} ± {spread:.2f}"]
-            for level in levels[:3]:
-                found, _ = eval_imdb.compare(groups[label], None, level)
-                cells.append("–" if found is None else f"{found[0]:.2f}")
-                assert found is None or 0.025 < found[3] < 0.055
-            lines.append("| " + " | ".join(cells) + " |")
-    assert len(lines) == 9 and "\n".join(lines) in readme
-    rewards = [float(line.split(" | ")[3].split()[0]) for line in lines]
-    assert rewards == sorted(rewards)
-    # what the text says of the ends: of the line between two others', in each seed
-    ended = {**groups, **eval_imdb.by_label(runs_of("reviews-half.json.gz"))}
-    flat = " ".join(results.split())
-    for label, low, high, said in (
-        ("tdpo2 α=0.25", "dpo β=1", "dpo β=0.3", "α 0.25 is {} above, α 0.5"),
-        ("tdpo2 α=0.5", "dpo β=1", "dpo β=0.3", "α 0.5 {} and α 1"),
-        ("tdpo2 α=1", "dpo β=3", "dpo β=1", "α 1 {} (computed"),
-        ("dpo β=0.5", "dpo β=1", "dpo β=0.3", "({} off it)"),
-        ("tdpo2 α=0.25", "dpo β=0.5", "dpo β=0.3", "α 0.25 is {} above the line between β 0.5 and 0.3"),
-        ("tdpo2 α=0.5", "dpo β=1", "dpo β=0.5", "α 0.5 {} above that between β 1 and 0.5, positive in each"),
-    ):
-        above = above_the_line(ended, label, low, high)
-        text = f"{abs(np.mean(above)):.3f} ± {2.365 * np.std(above, ddof=1) / 8**0.5:.3f}"
-        assert said.format(text) in flat, text
-        assert "each" not in said or min(above) > 0
-    # beside beta 0.5, at equal KL, where the means of all prefixes cross it
-    texts = []
-    for label, level in (("tdpo2 α=0.25", 2), *(("tdpo2 α=0.5", level) for level in (0.3, 0.75, 1))):
-        found = []
-        for other in (label, "dpo β=0.5"):
-            runs = sorted(ended[other], key=lambda run: run["seed"])
-            kls, rewards = [np.array([[e[x] for e in r["evals"]] for r in runs]) for x in ("sample_rkl", "reward")]
-            found.append(eval_imdb.reward_at(kls, rewards, level))
-        less = found[0] - found[1]
-        texts.append(f"{abs(less.mean()):.3f} ± {2.365 * less.std(ddof=1) / 8**0.5:.3f}")
-    assert f"is there {texts[0]} above α 0.25" in flat and "α 0.5 is {}, {} and {} above".format(*texts[1:]) in flat
-    starts = {r["seed"]: r["evals"][0]["reward"] for r in groups["dpo"]}
-    assert starts == {r["seed"]: r["evals"][0]["reward"] for r in ended["dpo β=0.5"]}
-    # IMDb: all level
-    study, second = runs_of("imdb.json.gz"), runs_of("imdb-second.json.gz")
-    groups, halves, wide, largest = eval_imdb.by_label(study), [], [], 0
-    for base in ("dpo", "dpo β=0.3", "dpo β=1"):
-        others = {run["pair"]: run for run in groups[base]}
-        for label, level in itertools.product(groups.keys() - {base}, (0.25, 0.5, 1)):
-            found, _ = eval_imdb.compare(groups[label], others, level)
-            if found is not None:
-                _, low, high, t = found
-                assert low <= 0 <= high
-                halves.append((high - low) / 2)
-                wide.append(t)
-                largest = max(largest, abs(found[0]))
-    assert f"half widths are {min(halves):.3f} to {max(halves):.3f}" in flat and max(halves) < 0.025
-    assert f"wider with three seeds ({min(wide):.3f} to {max(wide):.3f})" in flat and max(wide) < 0.06
-    assert f"The largest is {largest:.3f}" in flat and f"all within {largest:.3f}, ± 0.06 at most" in readme
-    above = above_the_line(groups, "tdpo2 α=0.5", "dpo β=1", "dpo β=0.3")
-    text = f"{np.mean(above):.3f} ± {4.303 * np.std(above, ddof=1) / 3**0.5:.3f} above"
-    assert text + " the line" in flat and text in " ".join(readme.split())
-    rewards = {(r["label"], r["seed"], e["step"]): e["rewards"] for r in study for e in r["evals"]}
-    both = [(rewards.pop((r["label"], r["seed"], e["step"])), e["rewards"]) for r in second for e in r["evals"]]
-    correlations = [np.corrcoef(x, y)[0, 1] for x, y in both]
-    assert not rewards and f"{np.mean(correlations):.3f} (the mean of {len(both)} evaluations" in flat
-    gains = []
-    for runs in (study, second):
-        runs = [r for r in runs if r["label"] == "dpo"]
-        gain = [r["reward"] - r["evals"][0]["reward"] for r in runs]
-        spread = [np.std(r["evals"][0]["rewards"], ddof=1) for r in runs]
-        gains.append((np.mean(gain), np.mean(spread), np.mean(np.divide(gain, spread))))
-    first, other = gains
-    assert f"(DPO {other[0]:.3f} of {first[0]:.3f}); as" in flat
-    assert f"({other[1]:.2f} against {first[1]:.2f} among" in flat
-    assert f"gains {other[2]:.2f} by it and {first[2]:.2f} by" in flat
-    groups = eval_imdb.by_label(runs_of("reviews.json.gz"))
-    kls = {label: np.mean([[r["curves"][-1][x] for x in ("kl_w", "kl_l", "kl_gap")] for r in runs], 0)
-           for label, runs in groups.items()}
-    some = [kls[label] for label in ("dpo", "tdpo2 α=0.5", "dpo β=1")]
-    said = " ".join(results.split())
-    for n, text in ((1, "is {:.1f} nats for DPO, {:.1f} for TDPO2 (α 0.5) and {:.1f} for DPO with β 1"),
-                    (2, "the gap {:.1f}, {:.1f} and {:.1f} (")):
-        assert text.format(*[x[n] for x in some]) in said
-    assert "that of the chosen is {:.1f} for TDPO1 and {:.1f} for DPO".format(kls["tdpo1"][0], some[0][0]) in said
-    old = json.loads(text_of("assets/imdb-two-seeds.json"))
-    assert "\n".join(eval_imdb.table(eval_imdb.references(old) + old, [])) in results
-    for r in json.loads(text_of("assets/hh.json")):
-        t, cells = eval_imdb.T975[r["prompts"] - 2], []
-        for name, wide in zip(("acc", "acc_loss", "kl_w", "kl_l", "entropy", "surprisal"), (1.96, 1.96, 0, 0, t, t)):
-            cells.append(f"{r[name]:.3f}" + (f" ± {wide * r[name + '_se']:.3f}" if wide else ""))
-        line = " | ".join([*cells, f"{r['pairs']} | {r['prompts']} |"])
-        assert any(x.startswith(f"| {r['label']} |") and x.endswith(line) for x in results.splitlines()), line
-    for base, sign in (("dpo", 1), ("dpo β=1", -1)):
-        others = {run["pair"]: run for run in groups[base]}
-        (mean, _, _, t), _ = eval_imdb.compare(groups["tdpo2 α=0.5"], others, 1)
-        assert f"{sign * mean:.3f} ± {t:.3f}" in readme
 
 
 def test_the_rows_of_a_table_have_equally_many_cells():
@@ -2585,9 +2430,9 @@ def test_the_rows_of_a_table_have_equally_many_cells():
             assert len({row.replace("\\|", "").count("|") for row in block.splitlines()}) == 1, block
 
 
-def test_readme_is_for_a_person_and_names_options_that_exist():
+def test_readme_names_options_that_exist():
     readme = text_of("README.md")
-    scripts = "sample.py", "eval_imdb.py", "test_tdpo.py", "extras/show.py", "extras/judge.py"
+    scripts = "sample.py", "eval_imdb.py", "test_tdpo.py", *glob.glob(os.path.join(HERE, "extras", "*.py"))
     source = "".join(text_of(name) for name in scripts)
     known = {*train.configure(["--out_dir=x"]), *re.findall(r'add_argument\("--(\w+)"', source), "help"}
     known |= set("nproc_per_node nnodes rdzv_backend rdzv_endpoint model_outputs reference_outputs".split())
