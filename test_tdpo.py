@@ -651,6 +651,7 @@ def own_loss(model, ref, examples, attention="pairs", **knobs):
     GPU, but run uncompiled, and compiled is flex on a GPU."""
     batch, states = train.collate(examples, 0 if attention == "pairs" else 128, model.device), []
     for m in (model, ref):
+        m.set_attn_implementation("pair_attention")
         body = m.base_model
         if attention in ("traced", "compiled"):
             backend = "aot_eager" if attention == "traced" else "inductor"
@@ -686,8 +687,6 @@ def eager_flex(monkeypatch):
 
 def rows_equal_sequences(model, ref, attention, atol=4e-6):
     """Loss, stats and the gradient of every parameter, of packed rows and of separate sequences."""
-    for m in (model, ref):
-        m.set_attn_implementation("pair_attention")
     found, examples = [], examples_of()
     for row in (examples[:3], examples[3:]):
         loss, stats = own_loss(model, ref, row, attention, beta=BETA, alpha=ALPHA)
@@ -962,8 +961,6 @@ def test_checkpointed_blocks_give_the_same_gradients(name, rank):
         model, ref, calls = tiny(name), tiny(name, 1), []
         if rank:
             adapted(model, rank)
-        for m in (model, ref):
-            m.set_attn_implementation("pair_attention")
         for block in train.blocks_of(model):
             next(block.children()).register_forward_hook(lambda *args: calls.append(1))
         if checkpointed:
@@ -984,8 +981,6 @@ def test_what_larger_models_take_compiles(name, rank, checkpointed, eager_flex):
         model, ref = tiny(name), tiny(name, 1)
         if rank:
             adapted(model, rank)
-        for m in (model, ref):
-            m.set_attn_implementation("pair_attention")
         if checkpointed:
             train.checkpoint_blocks(model)
         torch._dynamo.utils.counters.clear()
@@ -995,6 +990,42 @@ def test_what_larger_models_take_compiles(name, rank, checkpointed, eager_flex):
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads)) and any(x.any() for x in grads[1])
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]      # policy and reference
+
+
+@pytest.mark.parametrize("kind, moments", [(torch.optim.RMSprop, 1), (torch.optim.AdamW, 2)])
+def test_trying_a_row_changes_nothing(kind, moments, monkeypatch):
+    """Buffers as large as the optimizer's state are held while the row is tried, unless the state is already there."""
+    weight, made, alive = torch.nn.Parameter(torch.randn(4, 5)), [], []
+    empty_like = torch.empty_like
+
+    def counted(x):
+        made.append(weakref.ref(out := empty_like(x)))
+        return out
+
+    def forward(batch, counts):
+        assert batch == "batch" and counts
+        alive.append(sum(ref() is not None for ref in made))
+        return (weight * torch.rand_like(weight)).sum(), {}
+    monkeypatch.setattr(torch, "empty_like", counted)
+    opt, state = kind([weight]), torch.get_rng_state()
+    train.try_row("batch", forward, opt)
+    assert alive == [moments] and all(ref() is None for ref in made)
+    assert weight.grad is None and not opt.state and torch.equal(torch.get_rng_state(), state)
+    forward("batch", True)[0].backward()
+    opt.step()
+    made.clear()
+    train.try_row("batch", forward, opt)
+    assert alive[-1] == 0 and weight.grad is None
+
+
+def test_a_row_that_does_not_fit_ends_in_one_sentence():
+    def forward(batch, counts):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    with pytest.raises(SystemExit) as stop:
+        train.try_row(None, forward, torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))
+    said = stop.value.code
+    assert said.startswith("error: ") and "Tried to allocate 2 GiB" in said and "\n" not in said
+    assert all(option in said for option in ("checkpoint_activations", "micro_tokens", "max_length", "lora_rank"))
 
 
 def test_checkpointing_is_refused_where_a_model_names_no_blocks(runs, words):
@@ -1045,29 +1076,13 @@ def test_adapters_go_on_with_the_weights_that_they_were_put_on(runs):
     state["weights"] = {name.replace("transformer.", "model."): x for name, x in state["weights"].items()}
     torch.save(state, "renamed/state.pt")
     before = open("renamed/state.pt", "rb").read()
-    says(1, "is of another model: .*Missing key.*transformer.h.0", "train.py", "--resume=True", "--out_dir=renamed",
+    says(1, "does not fit this model: .*Unexpected key.*model.h.0", "train.py", "--resume=True", "--out_dir=renamed",
          "--max_steps=4")
     assert open("renamed/state.pt", "rb").read() == before
 
 
-def test_weights_that_adapters_do_not_reach_are_said(runs, words):
-    """Experts are one tensor in transformers."""
-    for name, config in (("experts", hf.MixtralConfig), ("dense", hf.LlamaConfig)):
-        few = dict(num_local_experts=4, num_experts_per_tok=2) if name == "experts" else {}
-        model = tiny(config(**{**SIZES, **GROUPS, "vocab_size": len(words), "max_position_embeddings": 128, **few}))
-        model.save_pretrained(name)
-        words.save_pretrained(name)
-        out = says(0, "saved lora-" + name, "train.py", *on_pairs("lora-" + name, "--lora_rank=2", "--max_steps=1"),
-                   f"--init_from={name}")
-        inside = sum(p.numel() for block in train.blocks_of(model) for p in block.parameters())
-        reached = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
-        reached -= model.lm_head.weight.numel()
-        note = f"note: adapters reach {reached / inside:.0%} of the blocks' weights"
-        assert out.count(note) == (name == "experts") and out.count("note: adapters") == (name == "experts")
-
-
 def test_adapters_are_refused_where_several_processes_share_a_model(runs):
-    codes, out = many(2, *on_pairs("many-lora", "--lora_rank=2"))
+    codes, (out, *_) = many(2, *on_pairs("many-lora", "--lora_rank=2"))
     assert all(codes) and "--lora_rank works in one process" in out and "Traceback" not in out, out
 
 
@@ -1670,8 +1685,8 @@ def says(code, message, name, *args, **options):
 
 
 def many(count, *args, **options):
-    """train.py on several processes, as torchrun starts them: (exit codes, what rank 0 said). The first that fails ends
-    the others."""
+    """train.py on several processes, as torchrun starts them: (exit codes, what each of them said). The first that fails
+    ends the others."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -1683,7 +1698,7 @@ def many(count, *args, **options):
     for run in ranks:
         run.process.terminate()
     ends = [run.end() for run in ranks]
-    return [code for code, _ in ends], ends[0][1]
+    return [code for code, _ in ends], [out for _, out in ends]
 
 
 def on_pairs(out_dir, *args):
@@ -1776,12 +1791,39 @@ def test_the_embedded_task_end_to_end(runs):
     assert all(any(name in record for record in log) for name in drawn)
     drawn = importlib.util.find_spec("matplotlib") is not None
     assert os.path.exists("tdpo2/log.png") == drawn and ("wrote tdpo2/log.png" in out) == drawn
-    shown = re.findall(r"\n(.+)\n  SFT +(\S+) \|(.*)\n  tdpo2 +(\S+) \|(.*)\n", out)
+    shown = re.findall(r"\n(.+)\n  reference +(\S+) \|(.*)\n  policy +(\S+) \|(.*)\n", out)
     assert len(shown) == 3
     for prefix, sft_reward, sft_text, reward, text in shown:
         rewards = eval_imdb.exact_reward([prefix + sft_text, prefix + text])
         assert [float(sft_reward), float(reward)] == approx(rewards, abs=0.006)
     assert AutoModelForCausalLM.from_pretrained("tdpo2").generate(max_new_tokens=4).shape[1] > 1
+
+
+@pytest.mark.parametrize("method", ("tdpo2", "sft"))
+def test_a_run_ends_with_answers_to_prompts_that_it_held_out(runs, method):
+    """On data of one's own; a prompt is shown as it was cut for training."""
+    name = "answers-" + method
+    out = says(0, "saved " + name, "train.py", *on_pairs(name, f"--method={method}", "--max_steps=1", "--max_length=12",
+                                                        "--max_prompt_length=2", "--max_new_tokens=6"))
+    models = {"policy": name} if method == "sft" else {"reference": "sft", "policy": name}
+    texts = [row["prompt"] for row in lines_of(name + "/prompts.jsonl")[:3]]
+    tokenizer, expected = sample.load_model("sft")[1], ""
+    prompts = [sample.encode_prompt(tokenizer, text)[-2:] for text in texts]
+    assert all(len(text.split()) == 4 for text in texts)
+    drawn = {}
+    for role, path in models.items():
+        drawn[role] = sample.generate(sample.load_model(path)[0], tokenizer, prompts, 6, seed=1)
+    for n, prompt in enumerate(prompts):
+        expected += "\n" + tokenizer.decode(prompt) + "\n"
+        for role in models:
+            expected += f"  {role:9} |{sample.response_text(tokenizer, prompt, drawn[role][n][0])}\n"
+    assert expected + "\nmedian speed" in out, out
+
+
+def test_a_reference_may_be_named_that_is_the_start_of_the_policy(runs):
+    trained("named-ref", "--ref_from=sft", "--max_steps=2", "--eval_interval=1")
+    first, *_, last = log_of("named-ref")
+    assert first["eval_kl_l"] == 0 and last["eval_kl_l"] > 0
 
 
 def test_pairs_are_labelled_and_reused(runs):
@@ -1932,7 +1974,7 @@ def small_files():
 
 def test_a_save_that_fails_keeps_the_one_before(runs):
     trained("full", "--max_steps=2")
-    says(1, "error: step 4 could not be saved in full: .*What was saved there before is whole", "train.py",
+    says(1, "error: step 4 could not be saved in full: .*The last checkpoint there is whole", "train.py",
          "--resume=True", "--out_dir=full", "--max_steps=4", before=small_files)
     assert state_of("full")["step"] == 2 and not os.path.exists("full/.saving")
     sample.load_model("full")
@@ -1945,11 +1987,11 @@ class Evil:
 
 
 DAMAGES = [     # (file, what it then holds, exit code, message)
-    ("state.pt", lambda data: pickle.dumps(Evil()), 1, "no complete checkpoint"),
-    ("state.pt", lambda data: b"", 1, "no complete checkpoint"),
-    ("state.pt", lambda data: data.replace(b"h.0.attn", b"h.9.attn"), 1, "is of another model"),
-    ("options.json", lambda data: data.replace(b'"beta": 0.1', b'"beta": "x"'), 2, "another version's"),
-    ("options.json", lambda data: b"{", 2, "holds no run that can go on"),
+    ("state.pt", lambda data: pickle.dumps(Evil()), 1, "the checkpoint in damaged. cannot be read"),
+    ("state.pt", lambda data: b"", 1, "the checkpoint in damaged. cannot be read"),
+    ("state.pt", lambda data: data.replace(b"h.0.attn", b"h.9.attn"), 1, "does not fit this model"),
+    ("options.json", lambda data: data.replace(b'"beta": 0.1', b'"beta": "x"'), 2, "was written by a different version"),
+    ("options.json", lambda data: b"{", 2, "cannot be continued"),
 ]
 
 
@@ -1993,7 +2035,7 @@ def test_any_number_of_processes_ends_where_one_does(runs, words, name, parts, o
     trained(name + "-whole", "--max_steps=10", *options)
     go = on_pairs(name + "-parts", *options)
     for count, steps in parts:
-        codes, out = many(count, *go, f"--max_steps={steps}")
+        codes, (out, *_) = many(count, *go, f"--max_steps={steps}")
         assert codes == [0] * count and out.count("median speed") == 1, out
         go = ["--resume=True", f"--out_dir={name}-parts"]
     if name != "bf16":
@@ -2002,7 +2044,7 @@ def test_any_number_of_processes_ends_where_one_does(runs, words, name, parts, o
         for x, y in zip(steps_of("bf16-whole"), steps_of("bf16-parts")):
             assert x["loss"] == approx(y["loss"], rel=3e-4) and x["grad_norm"] == approx(y["grad_norm"], rel=1e-3)
         # and so they sample
-        codes, out = many(2, *TASK, "--init_from=bf16", "--dtype=bfloat16", "--out_dir=bf16-task", "--max_steps=1")
+        codes, (out, *_) = many(2, *TASK, "--init_from=bf16", "--dtype=bfloat16", "--out_dir=bf16-task", "--max_steps=1")
         first, last = [x for x in log_of("bf16-task") if "eval_reward" in x]
         assert codes == [0, 0] and first["eval_sample_kl"] == 0 < last["eval_sample_kl"], out
     sample.load_model(name + "-parts")
@@ -2034,18 +2076,24 @@ def test_processes_stop_together_and_go_on(runs):
     """A signal that one of them gets ends all after the same step, which is saved; they go on compiled, to the task's
     end, where all sample."""
     go = [*TASK, "--out_dir=stopped", "--max_steps=100", "--batch_size=8", "--eval_interval=0"]
-    codes, out = many(2, *go, before=signal_to_rank_1)
+    codes, (out, *_) = many(2, *go, before=signal_to_rank_1)
     assert codes == [128 + signal.SIGTERM] * 2 and "stopped after step 3" in out, out
     assert state_of("stopped")["step"] == 3
     go = ["--resume=True", "--out_dir=stopped", "--max_steps=5", "--compile=True"]
-    codes, out = many(2, *go, before=compile_eagerly)
+    codes, (out, *_) = many(2, *go, before=compile_eagerly)
     last = log_of("stopped")[-1]
-    assert codes == [0, 0] and "compiled True" in out, out
+    assert codes == [0, 0], out
     assert last["step"] == 5 and last["eval_n"] == 24 and last["eval_sample_kl"] > 0
 
 
+def test_two_processes_show_data_once(runs):
+    codes, outputs = many(2, *on_pairs("many-shown", "--show_data=1"))
+    assert codes == [0, 0] and "".join(outputs).count("tokens in [] carry loss") == 1, outputs
+    assert "Traceback" not in "".join(outputs), outputs
+
+
 def test_an_error_of_one_process_ends_all(runs):
-    codes, out = many(2, *on_pairs("many-bad", "--max_length=500"))
+    codes, (out, *_) = many(2, *on_pairs("many-bad", "--max_length=500"))
     assert all(codes) and out.count("more than the 128 positions") == 1 and "Traceback" not in out, out
 
 
@@ -2067,7 +2115,7 @@ def test_signals_finish_the_step_and_save(runs, number):
     name = f"signal-{number}"
     run = Run("train.py", *on_pairs(name, "--max_steps=100000"))
     run.wait_for(lambda: last_step(name) >= 3)
-    says(1, "another run is at work in it", "train.py", "--resume=True", f"--out_dir={name}")
+    says(1, "a run is at work in it", "train.py", *on_pairs(name, "--overwrite=True"))
     os.kill(run.process.pid, number)
     (code, out), step = run.end(), state_of(name)["step"]
     assert f"stopped after step {step} | continue: python train.py --resume=True --out_dir={name}\n" in out
@@ -2141,9 +2189,15 @@ OPTIONS = {     # options: what the message says
     "--methd=dpo": "unknown option --methd; did you mean --method",
     "--method=tpdo2": "--method: invalid choice: 'tpdo2'",
     "--method=dpo --alpha=0.5": "--alpha would be ignored with --method=dpo",
-    "--beta=nan": "--beta: too small, or not finite",
-    "--beta=0 --batch_size=0": "--beta --batch_size: too small",
-    "--resume=True --out_dir=nowhere": "nowhere holds no run that can go on",
+    "--beta=nan": "--beta=nan must be a finite number",
+    "--beta=0": "--beta=0.0 must be greater than 0",
+    "--batch_size=0": "--batch_size=0 must be at least 1",
+    "--alpha=-0.5": "--alpha=-0.5 must be 0 or more: it must not be negative",
+    "--grad_clip=-1": "--grad_clip=-1.0 must be 0 or more: it must not be negative",
+    "--max_steps=-1": "--max_steps=-1 must be 0 or more: it must not be negative",
+    "--learning_rate=-1": "--learning_rate=-1.0 must be greater than 0",
+    "--resume=maybe": "'maybe' is neither True nor False",
+    "--resume=True --out_dir=nowhere": "the run in nowhere cannot be continued: [Errno 2] No such file",
     "--resume=True --overwrite=True --out_dir=tdpo2": "contradict each other",
     "--resume=True --out_dir=tdpo2 --alpha=1": "--alpha would change the run in",
     "--out_dir=tdpo2": "holds another run: --resume=True continues it, --overwrite=True replaces it",
@@ -2159,9 +2213,78 @@ def test_option_errors(runs, options, capsys):
     assert stop.value.code == 2 and OPTIONS[options] in said and said.count("error:") == 1
 
 
-def test_help_lists_every_option(runs):
-    out = says(0, "usage: python train.py", "train.py", "--help")
+def edited_programs(folder, *edits):
+    """Copies of the programs in a folder, each edit (file, text, its replacement) made at exactly one place."""
+    for name in ("tdpo.py", "sample.py", "eval_imdb.py", "train.py"):
+        text = text_of(name)
+        for file, old, new in edits:
+            if file == name:
+                assert text.count(old) == 1, old
+                text = text.replace(old, new)
+        (folder / name).write_text(text, encoding="utf-8")
+    return str(folder / "train.py")
+
+
+def importing_the_copies():
+    """before: the programs import each other from the folder of train.py's copy."""
+    for name in ("tdpo", "sample", "eval_imdb", "train"):
+        sys.modules.pop(name, None)
+    sys.path.insert(0, os.path.dirname(sys.argv[0]))
+
+
+def test_every_assignment_among_the_knobs_is_an_option(runs, tmp_path):
+    program = edited_programs(tmp_path, ("train.py", "# model\ninit_from", "gamma = 0.5 # é, 5 % of it\n"
+                                         + 100 * "-".join("##") + "\ndelta = 3\n# model\ninit_from"))
+    out = says(0, "usage: python train.py", program, "--help")
+    assert re.search(r"--gamma +é, 5 % of it \[0.5\]\n +--delta +\[3\]\n +--init_from +\S", out), out
     assert all(re.search(rf"^  --{name}\s+\S", out, re.M) for name in train.configure(["--out_dir=x"]))
+    says(2, "argument --delta: invalid int value: '0.5'", program, "--gamma=0.25", "--delta=0.5")
+
+
+def test_a_knob_of_the_objective_takes_three_places(runs, tmp_path):
+    """Its global, the function of the objective, and the line that hands it over."""
+    program = edited_programs(
+        tmp_path, ("train.py", "\n# data\ndata =", "\ngamma = 0.5  # margin that is aimed at\n# data\ndata ="),
+        ("tdpo.py", "    loss = -F.logsigmoid(m)", "    loss = -F.logsigmoid(m - gamma)"),
+        ("tdpo.py", "def preference_loss(method, w, l, beta=0.1, **", "def preference_loss(method, w, l, beta=0.1, gamma=0, **"),
+        ("train.py", "beta=beta, alpha=alpha)", "beta=beta, alpha=alpha, gamma=gamma)"))
+    for gamma in (0.5, 2):
+        options = on_pairs(f"gamma-{gamma}", f"--gamma={gamma}", "--max_steps=1")
+        says(0, f"saved gamma-{gamma}", program, *options, before=importing_the_copies)
+        first = log_of(f"gamma-{gamma}")[0]
+        assert first["eval_loss"] == approx(math.log(1 + math.exp(gamma)), abs=1e-6)
+        assert json.load(open(f"gamma-{gamma}/options.json"))["gamma"] == gamma
+    assert "gamma" in text_of(os.path.abspath("gamma-2/tdpo.py"))
+
+
+@pytest.mark.parametrize("data, name", [
+    ("reviews", "reviews"), ("hh", "hh"), ("some/pairs.jsonl.gz", "pairs"), ("pairs.v2.csv", "pairs.v2"),
+    ("shards/*.jsonl", "shards"), ("shards/train-[0-9]*.parquet", "shards"), ("dir/", "dir"), ("a/dir", "dir"),
+    ("owner/name", "name"), ("./x.json", "x"), ("/", "data"),
+])
+def test_a_run_without_a_directory_gets_one_with_the_name_of_its_data(data, name):
+    assert train.default_out_dir(data, "tdpo2") == f"out/{name}-tdpo2"
+    assert train.configure([f"--data={data}", "--init_from=x"])["out_dir"] == f"out/{name}-tdpo2"
+
+
+def test_a_pattern_in_this_folder_gives_the_folder_its_name(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    assert train.default_out_dir("*.jsonl", "dpo") == "out/mine-dpo"
+
+
+def test_cards_are_known_by_their_full_names():
+    peaks = [train.PEAK_FLOPS.get(name) for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H100 NVL",
+                                                     "NVIDIA H100", "NVIDIA GeForce GTX 1080")]
+    assert peaks == [989e12, 756e12, 835e12, None, None]
+
+
+def test_windows_is_refused_in_one_sentence(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    for name in ("fcntl", "resource"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit, match="^error: .*Linux and macOS.*WSL$"):
+        runpy.run_path(train.__file__)
 
 
 def test_a_wrong_reward_or_texts_is_found_before_anything_trains(runs):
@@ -2245,7 +2368,7 @@ def test_a_reference_in_low_precision_is_said(runs):
     model, tokenizer = sample.load_model("sft")
     model.to(torch.bfloat16).save_pretrained("low")
     tokenizer.save_pretrained("low")
-    says(0, r"warning: before the first step the KL from low is \S+ nats, not 0", "train.py",
+    says(0, r"warning: before the first step the KL from the reference is \S+ nats, not 0", "train.py",
          *on_pairs("low-ref", "--max_steps=1", "--ref_from=low"))
 
 
@@ -2300,7 +2423,7 @@ def test_splits_of_a_data_set_are_trained_on_and_held_out(runs, sources):
                        "--data_split=other", "--eval_split=train")
     out = says(0, "saved split-run", "train.py", *options)
     assert "held out: 5 read = 5 evaluated + 0 beyond --eval_pairs + 0 left out" in out
-    assert "pairs: 5 read = 5 to train on + 0 held out + 0 left out" in out
+    assert "data: 5 pairs read = 5 to train on + 0 held out + 0 left out" in out
 
 
 def test_what_a_run_does_not_do_is_said(runs):
@@ -2309,11 +2432,9 @@ def test_what_a_run_does_not_do_is_said(runs):
     AutoTokenizer.from_pretrained("sft").save_pretrained("experts")
     options = on_pairs("said", "--init_from=experts", "--batch_size=60", "--max_steps=2", "--warmup_steps=20")
     out = says(0, "saved said", "train.py", *options)
-    assert "--batch_size=60 is more than the 55 pairs: a step takes some twice" in out
     assert "--warmup_steps=20 is more than the 2 steps: the learning rate gets no higher than 1e-05 of 0.0001" in out
     assert "the loss that balances this model's experts (router_aux_loss_coef) is not part" in out
-    assert "pairs: 60 read = 55 to train on + 5 held out + 0 left out; 0 truncated" in out
-    assert "memory: about " in out and "that is without activations" in out
+    assert "data: 60 pairs read = 55 to train on + 5 held out + 0 left out; 0 truncated" in out
 
 
 def test_show_data_prints_what_the_model_sees(runs):
