@@ -394,6 +394,7 @@ def draw(logs, path):
                 size = 4 if len(points) > 1 else 9
                 axis.errorbar([record[x] for record in points], [record[name] for record in points], errors, fmt=style,
                               color=colors[number % len(colors)], markersize=size, linewidth=1, elinewidth=0.5)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     handles = [plt.Line2D([], [], color=colors[n % len(colors)]) for n in range(len(logs))]
     figure.legend(handles, list(logs), loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=100)
