@@ -1,9 +1,7 @@
 """Tests of TDPO: python -m pytest -q. CPU, no network, under three minutes on two cores.
 
 Longer rounds: TDPO_KILLS=20 (kills), TDPO_RUNS=100 (runs under torchrun), TDPO_STEPS=500 (flat memory).
-Benchmark: python test_tdpo.py [N V d] times the loss layer.
 """
-import argparse
 import contextlib
 import copy
 import datetime
@@ -32,7 +30,6 @@ import sys
 import tempfile
 import time
 import types
-import weakref
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", PYTHONPATH=HERE)
@@ -49,7 +46,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.autograd import grad
 from torch.nn.attention import flex_attention as flex
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import flex_attention as integration
 from transformers.pytorch_utils import Conv1D
@@ -863,170 +859,11 @@ def test_what_larger_models_take_compiles(name, rank, checkpointed, eager_flex):
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]      # policy and reference
 
 
-class Rounded(TorchDispatchMode):
-    """Remembers what was rounded to bf16, as long as it lives."""
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and out.dtype == torch.bfloat16:
-            self.found.append((weakref.ref(out.untyped_storage()), args[0].data_ptr(), out.nbytes))
-        return out
-
-
-@pytest.mark.parametrize("rank", [0, 3])
-def test_checkpointed_memory_counts_the_weights_that_autocast_rounds(rank):
-    model = tiny("llama")
-    if rank:
-        train.adapt(model, rank, low=True)
-    layers = {m.weight.data_ptr(): m.weight.numel() for m in train.linear_layers(model)}
-    train.checkpoint_blocks(model)
-    model.set_attn_implementation("pair_attention")
-    with torch.autocast("cpu", torch.bfloat16):
-        with Rounded() as rounded:
-            states = train.response_states(model.base_model, model, train.collate(examples_of()))
-        alive = sum(n for storage, source, n in rounded.found if storage() is not None and source in layers)
-    assert alive == (0 if rank else 2 * sum(layers.values())) and states.requires_grad
-    found = []
-    for checkpointed in (False, True):
-        found.append(train.memory_needs(model, None, examples_of(), "flex", True, False, checkpointed)[1])
-    inputs = 2 * 4 * 32 * sum(map(train.size, examples_of()))
-    assert found[1]["activations"] == approx((found[0]["activations"] - alive) / 2 + alive + inputs)
-    # FSDP gathers them in bf16, a block at a time
-    spread = train.memory_needs(model, None, examples_of(), "flex", True, False, True, world=2)[1]
-    assert spread["activations"] == approx(found[0]["activations"] / 2 + inputs)
-
-
-@pytest.mark.parametrize("rank, low", [(0, False), (0, True), (3, True)])
-def test_memory_is_counted_before_it_is_taken(rank, low):
-    """What the pass of a step keeps, counted without data, is what the real one keeps."""
-    model, ref = tiny("llama"), tiny("llama", 1)
-    for m in (model, ref):
-        m.set_attn_implementation("pair_attention")
-    if rank:
-        train.adapt(model, rank, low)
-    # the last pair's scores are larger than a huge page
-    examples = examples_of() + [([1] * 100, [2] * 301, [3] * 303)]
-    total, needs = train.memory_needs(model, ref, examples, "pairs", low, adamw=True, checkpointed=False)
-    kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def keep(x):
-        if x.untyped_storage().data_ptr() not in weights:
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
-        return x
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", enabled=low):
-        train.response_states(model.base_model, model, train.collate(examples))
-    pages = [math.ceil(x.nbytes() / 2**21) * 2**21 for x in kept.values() if x.nbytes() >= 2**21]
-    rest = sum(x.nbytes() for x in kept.values() if x.nbytes() < 2**21)
-    assert pages and needs["activations"] == approx(sum(pages) + rest, rel=0.02)
-    trained = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
-    assert needs["gradients"] == trained and needs["optimizer"] == 2 * trained
-    assert needs["weights"] == sum(p.numel() * p.element_size() for p in model.parameters())
-    assert needs["reference"] == 4 * ref.num_parameters()
-    tokens = 512
-    assert needs["loss"] == 61 * (12 * tokens + 32 * (8 * (rank == 0) + 4 * low)) and total == sum(needs.values())
-    # checkpointed, what one block keeps and the inputs of both
-    kept.clear()
-    block, hooks = train.blocks_of(model)[1], torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
-    block.register_forward_pre_hook(lambda *args: hooks.__enter__())
-    block.register_forward_hook(lambda *args: hooks.__exit__())
-    with torch.autocast("cpu", enabled=low):
-        train.response_states(model.base_model, model, train.collate(examples))
-    inputs = 2 * 4 * 32 * sum(map(train.size, examples))
-    _, less = train.memory_needs(model, model, examples, "pairs", low, adamw=True, checkpointed=True)
-    one = sum(math.ceil(x.nbytes() / 2**21) * 2**21 if x.nbytes() >= 2**21 else x.nbytes() for x in kept.values())
-    assert less["reference"] == 0 and less["activations"] == approx(one + inputs, rel=0.1)
-    # two processes share what stays
-    half, parts = train.memory_needs(model, ref, examples, "pairs", low, True, False, world=2)
-    assert half == sum(parts.values()) and parts["loss"] == needs["loss"]
-    assert all(parts[key] == needs[key] / 2 for key in ("gradients", "optimizer"))
-    # but for embeddings, output layer and last norm, which stay gathered
-    outside = sum(p.nbytes for m in (model.model.embed_tokens, model.lm_head, model.model.norm) for p in m.parameters())
-    for key in ("weights", "reference"):
-        assert parts[key] == (needs[key] + outside) / 2
-    # FlexAttention keeps no scores, so its passes grow with their tokens
-    rows = [10 * examples_of()[:n] for n in (1, 2)]
-    a, b = [train.memory_needs(model, ref, row, "flex", low, False, False)[1]["activations"] for row in rows]
-    sizes = [sum(map(train.size, row)) for row in rows]
-    assert low or b / a == approx(sizes[1] / sizes[0], rel=0.05)
-
-
-def test_what_cannot_fit_is_told_what_would_help():
-    run = dict(checkpoint_activations=False, micro_tokens=8192, lora_rank=0)
-    helps = ["--checkpoint_activations=True", "a smaller --micro_tokens", "--lora_rank=16", "more processes"]
-    gib = 2**30
-    assert train.too_large(28 * gib, 24 * gib, run, 500) == ""      # an estimate may be 15 % off
-    said = train.too_large(29 * gib, 24 * gib, run, 500)
-    assert "29.0 GiB" in said and "24.0" in said and all(x in said for x in helps)
-    # nothing that is on already, or that adapters do not take
-    for options, left in ((dict(lora_rank=16), helps[:2]), (dict(checkpoint_activations=True), helps[1:]),
-                          (dict(micro_tokens=500), [helps[0], *helps[2:]])):
-        said = train.too_large(29 * gib, 24 * gib, {**run, **options}, 500)
-        assert [x for x in helps if x in said] == left and said.endswith("a smaller model")
-
-
-def on_a_small_card():
-    sample.DEVICES.insert(0, "cuda")
-    torch.cuda.get_device_properties = lambda device: argparse.Namespace(total_memory=2**20)
-
-
-def test_a_run_that_cannot_fit_ends_before_it_takes_a_gpu(runs):
-    said = says(1, r"error: a step takes about 0\.0 GiB, and the GPU has 0\.0; .*--lora_rank=16.*weights 0\.00",
-                "train.py", *on_pairs("small", "--device=cuda"), before=on_a_small_card)
-    assert "memory: " not in said and not os.path.exists("small/state.pt")
-
-
 def test_checkpointing_is_refused_where_a_model_names_no_blocks(runs, words):
     tiny(hf.BioGptConfig(**dict(SIZES, vocab_size=len(words)), **MIDDLE)).save_pretrained("biogpt")
     words.save_pretrained("biogpt")
     says(1, "BioGptForCausalLM names no blocks", "train.py",
          *on_pairs("whole-blocks", "--init_from=biogpt", "--checkpoint_activations=True"))
-
-
-def qwen(width, middle, layers, heads):
-    return hf.Qwen2Config(vocab_size=151936, hidden_size=width, intermediate_size=middle, num_hidden_layers=layers,
-                          num_attention_heads=heads, num_key_value_heads=2, tie_word_embeddings=True)
-
-
-def llama(width, middle, layers):
-    return hf.LlamaConfig(vocab_size=32000, hidden_size=width, intermediate_size=middle, num_hidden_layers=layers,
-                          num_attention_heads=width // 128, tie_word_embeddings=False)
-
-
-CARDS = {       # README's table: python test_tdpo.py fits
-    "0.5B (Qwen2.5)": qwen(896, 4864, 24, 14),
-    "1.5B (Qwen2.5)": qwen(1536, 8960, 28, 12),
-    "2.8B (Pythia)": hf.GPTNeoXConfig(vocab_size=50304, hidden_size=2560, intermediate_size=10240, num_hidden_layers=32,
-                                      num_attention_heads=32),
-    "7B (Llama 2)": llama(4096, 11008, 32),
-    "13B (Llama 2)": llama(5120, 13824, 40),
-}
-
-
-def fits(name):
-    """A row of the table: what fits a card, up to 95 % of it, at 8,192 tokens a pass; * with checkpointed activations.
-    The reference of a full run is in fp32, as after SFT."""
-    cells, pair = {24: [], 48: [], 80: []}, ([1] * 170, [2] * 172, [3] * 172)
-    for rank, what in ((0, "full"), (16, "LoRA")):
-        with FakeTensorMode():
-            model = AutoModelForCausalLM.from_config(CARDS[name], dtype=torch.float32)
-            ref = model
-            if rank:
-                train.adapt(model, rank, low=True)
-            else:
-                ref = AutoModelForCausalLM.from_config(CARDS[name], dtype=torch.float32)
-        for checkpointed, star in ((False, ""), (True, "*")):
-            total, _ = train.memory_needs(model, ref, [pair] * 16, "flex", True, False, checkpointed)
-            for size, cell in cells.items():
-                if total <= 0.95 * size * 2**30 and what not in cell:
-                    cell.append(what + star)
-    return f"| {name} | " + " | ".join(", ".join(cell) or "–" for cell in cells.values()) + " |"
-
-
-def test_the_table_of_models_that_fit_is_computed():
-    assert fits("1.5B (Qwen2.5)") in text_of("README.md").splitlines()
 
 
 LORA = ["--lora_rank=3", "--eval_interval=5"]
@@ -1468,6 +1305,19 @@ def test_texts_of_ones_own(words, tmp_path):
     assert len(prefixes["train"]) == 3 and len(prefixes["test"]) == 2 and prefixes["train"][0].startswith("the plot")
     with pytest.raises(SystemExit, match="has no text in its train split"):
         eval_imdb.load_texts("imdb", write_lines(path, rows[:1]))
+    # a table without split, with rows that have no text, and a directory with splits
+    from datasets import Dataset
+    table = Dataset.from_dict(dict(text=[None, " ", *(f"text {n}" for n in range(18))]))
+    table.to_parquet(tmp_path / "texts.parquet")
+    texts = eval_imdb.load_texts("imdb", str(tmp_path / "texts.parquet"))
+    assert sorted(texts["test"]) == ["text 17", "text 7"] and len(texts["train"]) == 16
+    for split in ("train", "test"):
+        table.to_parquet(tmp_path / "folder" / f"{split}.parquet")
+    texts = eval_imdb.load_texts("imdb", str(tmp_path / "folder"))
+    assert sorted(texts["train"]) == sorted(texts["test"]) == sorted(table["text"][2:])
+    write_lines(path, ["{broken"])
+    with pytest.raises(SystemExit, match="cannot read the texts in .*texts.jsonl .*JSON.*; --texts takes a .parquet"):
+        eval_imdb.load_texts("imdb", path)
 
 
 def test_generation_is_seeded_and_stops_at_eos(words):
@@ -1560,8 +1410,68 @@ def test_a_classifier_is_a_reward(words, tmp_path):
                 eval_imdb.load_reward(str(tmp_path))
     reward, texts = eval_imdb.load_reward(str(tmp_path)), ["the plot was dull", "i loved this film and the music", "a"]
     expected = [model(**words(x, return_tensors="pt")).logits.softmax(-1)[0, 1].item() for x in texts]
-    assert reward(texts) == approx(expected, rel=1e-5)
-    assert reward(["the plot " * 90])[0] > 0                # longer than its 64 positions
+    assert reward(texts) == approx(expected, rel=1e-5) and reward(texts[::-1]) == approx(expected[::-1], rel=1e-5)
+    # longer than its 64 positions
+    assert reward(["the plot " * 90]) == approx(reward(["the plot " * 32]), rel=1e-6)
+
+
+def test_pairs_are_of_the_weights_below_adapters(words, tmp_path):
+    """The file's name depends on weights, prefixes and options, and on no adapter that has learned nothing."""
+    options = dict(folder=str(tmp_path), name="reviews", reward="exact", completions=4, min_score_gap=0.1,
+                   max_new_tokens=24, seed=1)
+    model = eval_imdb.scratch_model(0)[0]
+    first = eval_imdb.build_pairs(model, words, ["the plot", "i saw"], eval_imdb.exact_reward, **options)
+    assert os.path.dirname(first) == str(tmp_path) and lines_of(first)
+    train.adapt(model, 3, False)
+    assert eval_imdb.build_pairs(model, words, ["the plot", "i saw"], eval_imdb.exact_reward, **options) == first
+    others = []
+    for change in (dict(prefixes=["the plot"]), dict(seed=2), dict(max_new_tokens=23), dict(weight=1.0)):
+        change = {"prefixes": ["the plot", "i saw"], **options, **change}
+        with torch.no_grad():
+            model.transformer.wte.weight[3, 4] += change.pop("weight", 0.0)
+        others.append(eval_imdb.build_pairs(model, words, score=eval_imdb.exact_reward, **change))
+    assert len({first, *others}) == 5
+    # numpy knows no bf16
+    model = eval_imdb.scratch_model(0)[0].bfloat16()
+    assert eval_imdb.build_pairs(model, words, ["the plot"], eval_imdb.exact_reward, **options) not in others
+
+
+def test_answers_are_shown_with_the_end_of_a_long_prompt(words, capsys):
+    models = {name: eval_imdb.scratch_model(seed)[0] for seed, name in enumerate(("SFT", "dpo"))}
+    prompts = [words(x)["input_ids"] for x in ("the plot", "the music " * 40)]
+    eval_imdb.show_answers(models, words, prompts, 8, seed=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "the plot" and lines[5] == "..." + ("the music " * 40).strip()[-300:]
+    for line, name, prompt in ((lines[2], "SFT", 0), (lines[7], "dpo", 1)):
+        ((response,),) = sample.generate(models[name], words, prompts, 8, seed=1)[prompt:][:1]
+        assert line == f"  {name:9} |" + sample.response_text(words, prompts[prompt], response)
+    eval_imdb.show_answers(models, words, prompts[:1], 8, 1, lambda texts: [len(text.split()) for text in texts])
+    assert re.search(r"^  SFT +\+10.00 \| ?\w", capsys.readouterr().out, re.M)
+
+
+def test_a_figure_has_a_panel_for_everything_that_logs_hold(tmp_path, monkeypatch):
+    pyplot, figures = pytest.importorskip("matplotlib.pyplot"), []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    rewards = [dict(step=n, eval_reward=0.1 * n, eval_reward_se=0.1, eval_sample_rkl=n / 2) for n in range(3)]
+    kls = [dict(step=n, kl_l=2 * n, kl_w=n) for n in range(1, 5)]
+    losses = [dict(step=n, loss=1 / n) for n in range(1, 5)] + [dict(step=4, eval_loss=0.5)]
+    for logs, titles, name in (
+        ({"sft": losses}, ["loss"], "loss"),
+        ({"a run": rewards + kls + losses}, ["reward", "KL", "loss"], "loss"),
+        ({f"run {n}": rewards[n % 3:] + kls for n in range(12)}, ["reward", "KL"], "kl_l"),
+        ({"a run": rewards + kls, "scored": rewards[:1]}, ["reward", "KL"], "kl_l"),
+    ):
+        eval_imdb.draw(logs, tmp_path / "log.png")
+        figure = figures[-1]
+        assert [re.match(r"\w+", axis.get_title())[0] for axis in figure.axes] == titles
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == list(logs)
+        # each log has its color, and in the last panel its points
+        lines = [container[0] for container in figure.axes[-1].containers[::2]]
+        assert len({line.get_color() for line in lines}) == len(logs)
+        for line, log in zip(lines, logs.values()):
+            assert list(line.get_ydata()) == [record[name] for record in log if name in record]
+    # a model that was evaluated once is a point of the first
+    assert figure.axes[0].containers[1][0].get_xydata().tolist() == [[0, 0]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1717,10 +1627,11 @@ def test_the_embedded_task_end_to_end(runs):
     # three prefixes with a completion and a reward of both models, then what comes next
     out = open("tdpo2.txt").read()
     assert out.rstrip().endswith("\nsaved tdpo2 | next: python sample.py --model=tdpo2")
-    assert all(any(name in record for record in log) for names in train.PANELS.values() for name in names)
+    drawn = {name for _, _, x, lines in eval_imdb.PANELS for name in (x, *lines)}
+    assert all(any(name in record for record in log) for name in drawn)
     drawn = importlib.util.find_spec("matplotlib") is not None
     assert os.path.exists("tdpo2/log.png") == drawn and ("wrote tdpo2/log.png" in out) == drawn
-    shown = re.findall(r"\n(.+) \.\.\.\n  SFT +(\S+) \|(.*)\n  tdpo2 +(\S+) \|(.*)\n", out)
+    shown = re.findall(r"\n(.+)\n  SFT +(\S+) \|(.*)\n  tdpo2 +(\S+) \|(.*)\n", out)
     assert len(shown) == 3
     for prefix, sft_reward, sft_text, reward, text in shown:
         rewards = eval_imdb.exact_reward([prefix + sft_text, prefix + text])
@@ -1775,126 +1686,28 @@ def test_sample_measures_reference_and_policy(runs):
     says(1, "a prompt of 200 tokens leaves no room", "sample.py", "--model=model", "--prompt=" + "the " * 200)
 
 
-def test_rewards_at_a_kl_are_compared_seed_by_seed_and_prefix_by_prefix():
-    """Against draws that are made one by one, and where the prefixes differ far more than the methods do."""
-    rng, runs = np.random.default_rng(1), {}
-    for label, gain in (("dpo", 0.0), ("tdpo2", 0.1)):
-        runs[label] = []
-        for seed in range(6):
-            evals, own = [], np.random.default_rng(seed).normal(size=40)
-            for step in range(4):
-                rewards = own + (0.2 + gain) * step + rng.normal(size=40) * 0.02
-                evals.append(dict(step=step, rewards=list(rewards), rkls=[float(step)] * 40))
-            runs[label].append(dict(pair=f"prefixes {seed}", n=40, evals=evals))
-    others = {run["pair"]: run for run in runs["dpo"]}
-    (mean, low, high, t), seeds = eval_imdb.compare(runs["tdpo2"], others, 1.5)
-    means = [[np.mean([e["rewards"] for e in run["evals"][1:3]]) for run in group] for group in runs.values()]
-    assert mean == approx(np.mean(np.subtract(*means[::-1]))) and seeds == 6
-    # by hand: seeds, then prefixes
-    drawn = []
-    for _ in range(2000):
-        found = []
-        for seed in rng.integers(6, size=6):
-            prefixes = rng.integers(40, size=40)
-            at = [np.mean([np.array(e["rewards"])[prefixes] for e in runs[x][seed]["evals"][1:3]]) for x in runs]
-            found.append(at[1] - at[0])
-        drawn.append(np.mean(found))
-    assert [low, high] == approx(np.percentile(drawn, (2.5, 97.5)), abs=5e-4) and 0 < low < 0.15 < high < 0.16
-    assert t == approx(2.571 * np.std(np.subtract(*means[::-1]), ddof=1) / 6**0.5)
-    # alone, seeds and prefixes count; a KL that one run does not reach, one that none does, and other prefixes
-    (_, low, high, _), _ = eval_imdb.compare(runs["dpo"], None, 1.5)
-    assert high - low > 0.15
-    runs["tdpo2"][0]["evals"].pop()
-    for level, cell in ((2.5, "– (5 of 6)"), (9, "–")):
-        assert eval_imdb.compared(runs["tdpo2"], others, level) == cell
-    for label, group in runs.items():
-        for run in group:
-            run["label"] = label
-    runs["tdpo2"][1]["pair"], runs["tdpo2"][2]["pair"] = "prefixes of another", None
-    lines = eval_imdb.differences(runs["tdpo2"] + runs["dpo"], [1.5], "dpo")
-    assert lines[2:] == ["| tdpo2 | – (4 of 6 began alike) |"]
-    # where a KL is reached by a hair, half of the draws fall short
-    hair = dict(pair="x", n=40, evals=[dict(rewards=[0.0] * 40, rkls=[0.0] * 40),
-                                       dict(rewards=[1.0] * 40, rkls=[0.0, 2.0] * 20)])
-    assert eval_imdb.compared([hair], None, 0.999) == "–"
-    assert eval_imdb.compared([hair], None, 0.2).startswith("+0.200 [")
-    # curves cross a level where they do so first
-    kls, rewards = np.array([[0.0, 2, 1, 3], [0, 0.5, 0.6, 0.7]]), np.array([[0.0, 1, 5, 7], [0, 1, 2, 3]])
-    assert eval_imdb.reward_at(kls, rewards, 1.5) == approx([0.75, math.nan], nan_ok=True)
-    assert eval_imdb.reward_at(kls, rewards, 2.5)[0] == approx(6.5)
 
 
 def test_table_and_figure_come_from_logs_and_models_are_scored_anew(runs):
     shutil.copytree("tdpo2", "elsewhere", ignore=shutil.ignore_patterns("options.json", "log.jsonl"))
-    at_kl = "--at_kl", "0.001", "0.5"
-    out = says(0, r"reward at KL 0\.001 \| reward at KL 0\.5 \|", "eval_imdb.py", "--runs=tdp*2", "--score=elsewhere",
-               "--seed=1", "--eval_prefixes=24", *at_kl, "--out=frontier")
-    run, scored = json.load(open("frontier.json"))
-    assert run["evals"][0]["sample_kl"] == 0 and [x["step"] for x in run["evals"]] == [0, 4, 8]
-    assert re.search(r"^\| reference \|.* 1 × 24 \|$", out, re.M)
-    for name in ("n", *eval_imdb.SCORES):           # the same seed and prefixes: what was logged is what is measured
-        logged = log_of("tdpo2")[-1]["eval_" + name]
-        assert [run[name], scored[name]] == approx([logged] * 2, rel=1e-4, abs=1e-5)
-    kl_l = np.mean([x["kl_l"] for x in steps_of("tdpo2")])
-    assert [(x["step"], x["kl_l"]) for x in run["curves"]] == [(8, approx(kl_l, abs=1e-4))]
-    # each sample is kept, and a run's own numbers are those of its samples
-    for e in run["evals"]:
-        samples = lines_of(f"tdpo2/evals/{e['step']}.jsonl")
-        assert [e["reward"], e["sample_rkl"]] == approx([np.mean([x[k] for x in samples]) for k in ("reward", "rkl")],
-                                                        abs=1e-4)
-        assert e["rkls"] == approx([x["rkl"] for x in samples], abs=6e-3) and len(samples) == 24
-        texts = [x["prompt"] + x["response"] for x in samples]
-        assert e["rewards"] == approx(eval_imdb.exact_reward(texts), abs=1e-3)
+    out = says(0, "wrote|no figure", "eval_imdb.py", "--runs=tdp*2,sft", "--score=elsewhere", "--eval_prefixes=24",
+               "--seed=1", "--out=frontier.png")
+    lines = {line.split(" | ")[0]: line for line in out.splitlines() if line.startswith("| ")}
+    assert list(lines) == ["| run", "| tdpo2", "| sft", "| elsewhere (scored)"]
+    # the same seed and prefixes: the logged numbers are those that are measured anew
+    last = log_of("tdpo2")[-1]
+    cells = [f"{last['eval_' + name]:.3f} ± {last[f'eval_{name}_se']:.3f}" for name in eval_imdb.SCORES]
+    losses = f"{last['eval_loss']:.3f} | {last['eval_acc']:.3f}"
+    assert lines["| tdpo2"] == "| tdpo2 | " + " | ".join(cells) + f" | {losses} |"
+    assert lines["| elsewhere (scored)"] == "| elsewhere (scored) | " + " | ".join(cells) + " | – | – |"
+    assert lines["| sft"] == f"| sft | – | – | – | – | {log_of('sft')[-1]['eval_loss']:.3f} | – |"
+    assert len(re.findall(r"\n.+\n  reference +[+-]\S+ \|.*\n  policy +[+-]\S+ \|.*\n", out)) == 3
     assert os.path.exists("frontier.png") or "no figure was drawn" in out
-    with gzip.open("frontier.json.gz", "wb") as f:
-        f.write(open("frontier.json", "rb").read())
-    again = says(0, "reward at", "eval_imdb.py", "--runs=frontier.json.gz", *at_kl, "--out=again")
-    assert re.findall(r"^\|.*", out, re.M) == re.findall(r"^\|.*", again, re.M)
-    says(2, "has no reward", "eval_imdb.py", "--runs=sft", "--out=again")
-    says(2, "the runs are called tdpo2 α=0.5", "eval_imdb.py", "--runs=tdpo2", "--against=dpo", "--out=no")
-
-    # the same run once more is no second seed, and what would mislead has no line of the others'
-    shutil.copytree("tdpo2", "twice")
-    out = says(0, r"\| tdpo2 α=0.5 \|.* 1 × 24 \|", "eval_imdb.py", "--runs=tdpo2,twice", "--out=again")
-    assert re.search(r"^\| twice \|.* 1 × 24 \|", out, re.M)
-    # runs with an edited objective have a line of their own: their directory's name, that seeds share, where they
-    # differ in nothing else
-    options = json.load(open("tdpo2/options.json"))
-    for name, seed, rate in (("1-more", 1, 1e-4), ("2-more", 2, 1e-4), ("3-more", 3, 2e-4), ("4-more", 1, 1e-4)):
-        shutil.copytree("tdpo2", name)
-        write_lines(f"{name}/options.json", [{**options, "seed": seed, "learning_rate": rate}])
-        text = text_of(os.path.abspath(f"{name}/tdpo.py"))
-        write_lines(f"{name}/tdpo.py", [text.replace("return -F.logsigmoid(m)", "return torch.relu(1 - m)")])
-    out = says(0, r"less tdpo2 α=0.5 at KL 0.001", "eval_imdb.py", "--runs=tdpo2,?-more,tdpo2", *at_kl, "--out=again",
-               "--against", "tdpo2 α=0.5")
-    lines = [line for line in out.splitlines() if line.startswith("| ") and line.endswith("× 24 |")]
-    assert [(line.split(" | ")[0], line.split(" | ")[-1]) for line in lines if "reference" not in line] == [
-        ("| tdpo2 α=0.5", "1 × 24 |"), ("| more", "2 × 24 |"), ("| 3-more", "1 × 24 |"), ("| 4-more", "1 × 24 |")]
-    assert "| more | +0.000 [+0.000, +0.000] ± 0.000 | – |" in out
-    # alone, too, it has not the name of the paper's; another comment makes no other objective
-    says(0, r"\n\| more \|", "eval_imdb.py", "--runs=1-more", "--out=again")
-    shutil.copytree("tdpo2", "commented")
-    with open("commented/tdpo.py", "a") as f:
-        f.write("# edited\n")
-    says(0, r"\n\| tdpo2 α=0.5 \|", "eval_imdb.py", "--runs=commented", "--out=again")
-    # behind what this script wrote: another seed joins, the same one and one with other options do not
-    says(0, "wrote", "eval_imdb.py", "--runs=tdpo2", "--out=first")
-    for name, change, label in (("others/tdpo2", {}, "tdpo2"), ("others/5-a", dict(seed=5), "tdpo2 α=0.5"),
-                                ("others/6-b", dict(seed=6, learning_rate=1.0), "b")):
-        shutil.copytree("tdpo2", name)
-        write_lines(f"{name}/options.json", [{**options, **change}])
-        out = says(0, "wrote", "eval_imdb.py", f"--runs={name},first.json", "--out=again")
-        counts = dict(re.findall(r"^\| ([^|]+) \|.* (\d) × 24 \|$", out, re.M))
-        assert counts.pop("reference") == ("1" if change == {} else "2")
-        assert counts == ({"tdpo2 α=0.5": "2"} if label == "tdpo2 α=0.5" else {"tdpo2 α=0.5": "1", label: "1"}), out
-    # nor what is given twice, or was written of the same run elsewhere
-    shutil.copy("first.json", "same.json")
-    says(0, "wrote", "eval_imdb.py", "--runs=others/tdpo2", "--out=moved")
-    out = says(0, "wrote", "eval_imdb.py", "--runs=first.json,same.json,moved.json", "--out=again")
-    assert re.findall(r"^\| (tdpo2[^|]+) \|.* (\d) × 24 \|$", out, re.M) == [
-        ("tdpo2 α=0.5", "1"), ("tdpo2 α=0.5 of moved.json", "1")]
-    os.remove("4-more/evals/4.jsonl")
-    out = says(0, "4-more has not kept the samples", "eval_imdb.py", "--runs=4-more", *at_kl, "--out=again")
+    # what is wrong is said before anything is scored
+    says(2, "elsewhere holds no run of train.py", "eval_imdb.py", "--runs=elsewhere", "--out=no.png")
+    says(2, "but sft has none", "eval_imdb.py", "--runs=sft,tdpo2", "--score=tdpo2", "--out=no.png")
+    says(1, "cannot load nowhere", "eval_imdb.py", "--runs=tdpo2", "--score=tdpo2,nowhere", "--out=no.png")
+    says(2, "would be ignored", "eval_imdb.py", "--runs=tdpo2", "--seed=1", "--out=no.png")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2444,137 +2257,6 @@ def test_the_trl_subclass_of_the_readme(runs):
     assert math.isfinite(trainer.train().training_loss)
 
 
-def runs_of(name):
-    with gzip.open(os.path.join(HERE, "assets", name), "rt", encoding="utf-8") as f:
-        return json.load(f)
-
-
-@pytest.mark.parametrize("name, levels, betas", [("reviews", [0.3, 0.75, 1, 2], ("", " β=0.3", " β=1", " β=3")),
-                                                 ("reviews-half", [0.3, 0.75, 1, 2], ()),
-                                                 ("imdb", [0.25, 0.5, 1], ("", " β=0.3", " β=1")),
-                                                 ("imdb-second", [0.25, 0.5, 1], ("", " β=0.3", " β=1"))])
-def test_tables_are_those_of_the_data(name, levels, betas):
-    results, study = text_of("assets/RESULTS.md"), runs_of(name + ".json.gz")
-    tables = [eval_imdb.table(eval_imdb.references(study) + study, levels)]
-    tables += [eval_imdb.differences(study, levels, "dpo" + beta) for beta in betas]
-    assert all("\n".join(lines) in results for lines in tables)
-
-
-def above_the_line(groups, label, low, high):
-    """Of each seed the last reward, less that of the straight line between the ends of two others."""
-    above = []
-    for seed in range(1, len(groups[label]) + 1):
-        (k, r), (k0, r0), (k1, r1) = [(x["sample_rkl"], x["reward"]) for y in (label, low, high)
-                                      for x in groups[y] if x["seed"] == seed]
-        above.append(r - r0 - (r1 - r0) * (k - k0) / (k1 - k0))
-    return above
-
-
-def test_what_is_said_of_the_results_is_in_the_data():
-    results, readme = text_of("assets/RESULTS.md"), text_of("README.md")
-    study, levels = runs_of("reviews.json.gz"), [0.3, 0.75, 1, 2]
-    groups = eval_imdb.by_label(study)
-    for label, base in (("ipo", "dpo"), ("lndpo", "dpo"), ("tdpo2r", "tdpo2 α=0.5")):
-        (line,) = [x for x in eval_imdb.differences(study, levels, base) if x.startswith(f"| {label} |")]
-        assert line.replace(f"| {label} |", f"| {label} | {base} |") in results
-    # README's, by the KL at which methods end
-    ends = {label: np.mean([[r["sample_rkl"], r["reward"]] for r in runs], 0) for label, runs in groups.items()}
-    lines = []
-    for label in sorted(ends, key=lambda label: -ends[label][0]):
-        if label in readme:
-            kl, half = eval_imdb.interval(*[[r["sample_rkl" + x] for r in groups[label]] for x in ("", "_se")])
-            reward, spread = eval_imdb.interval(*[[r["reward" + x] for r in groups[label]] for x in ("", "_se")])
-            cells = [label, f"{kl:.1f} ± {half:.1f}", f"{reward:.2f} ± {spread:.2f}"]
-            for level in levels[:3]:
-                found, _ = eval_imdb.compare(groups[label], None, level)
-                cells.append("–" if found is None else f"{found[0]:.2f}")
-                assert found is None or 0.025 < found[3] < 0.055
-            lines.append("| " + " | ".join(cells) + " |")
-    assert len(lines) == 9 and "\n".join(lines) in readme
-    rewards = [float(line.split(" | ")[3].split()[0]) for line in lines]
-    assert rewards == sorted(rewards)
-    # what the text says of the ends: of the line between two others', in each seed
-    ended = {**groups, **eval_imdb.by_label(runs_of("reviews-half.json.gz"))}
-    flat = " ".join(results.split())
-    for label, low, high, said in (
-        ("tdpo2 α=0.25", "dpo β=1", "dpo β=0.3", "α 0.25 is {} above, α 0.5"),
-        ("tdpo2 α=0.5", "dpo β=1", "dpo β=0.3", "α 0.5 {} and α 1"),
-        ("tdpo2 α=1", "dpo β=3", "dpo β=1", "α 1 {} (computed"),
-        ("dpo β=0.5", "dpo β=1", "dpo β=0.3", "({} off it)"),
-        ("tdpo2 α=0.25", "dpo β=0.5", "dpo β=0.3", "α 0.25 is {} above the line between β 0.5 and 0.3"),
-        ("tdpo2 α=0.5", "dpo β=1", "dpo β=0.5", "α 0.5 {} above that between β 1 and 0.5, positive in each"),
-    ):
-        above = above_the_line(ended, label, low, high)
-        text = f"{abs(np.mean(above)):.3f} ± {2.365 * np.std(above, ddof=1) / 8**0.5:.3f}"
-        assert said.format(text) in flat, text
-        assert "each" not in said or min(above) > 0
-    # beside beta 0.5, at equal KL, where the means of all prefixes cross it
-    texts = []
-    for label, level in (("tdpo2 α=0.25", 2), *(("tdpo2 α=0.5", level) for level in (0.3, 0.75, 1))):
-        found = []
-        for other in (label, "dpo β=0.5"):
-            runs = sorted(ended[other], key=lambda run: run["seed"])
-            kls, rewards = [np.array([[e[x] for e in r["evals"]] for r in runs]) for x in ("sample_rkl", "reward")]
-            found.append(eval_imdb.reward_at(kls, rewards, level))
-        less = found[0] - found[1]
-        texts.append(f"{abs(less.mean()):.3f} ± {2.365 * less.std(ddof=1) / 8**0.5:.3f}")
-    assert f"is there {texts[0]} above α 0.25" in flat and "α 0.5 is {}, {} and {} above".format(*texts[1:]) in flat
-    starts = {r["seed"]: r["evals"][0]["reward"] for r in groups["dpo"]}
-    assert starts == {r["seed"]: r["evals"][0]["reward"] for r in ended["dpo β=0.5"]}
-    # IMDb: all level
-    study, second = runs_of("imdb.json.gz"), runs_of("imdb-second.json.gz")
-    groups, halves, wide, largest = eval_imdb.by_label(study), [], [], 0
-    for base in ("dpo", "dpo β=0.3", "dpo β=1"):
-        others = {run["pair"]: run for run in groups[base]}
-        for label, level in itertools.product(groups.keys() - {base}, (0.25, 0.5, 1)):
-            found, _ = eval_imdb.compare(groups[label], others, level)
-            if found is not None:
-                _, low, high, t = found
-                assert low <= 0 <= high
-                halves.append((high - low) / 2)
-                wide.append(t)
-                largest = max(largest, abs(found[0]))
-    assert f"half widths are {min(halves):.3f} to {max(halves):.3f}" in flat and max(halves) < 0.025
-    assert f"wider with three seeds ({min(wide):.3f} to {max(wide):.3f})" in flat and max(wide) < 0.06
-    assert f"The largest is {largest:.3f}" in flat and f"all within {largest:.3f}, ± 0.06 at most" in readme
-    above = above_the_line(groups, "tdpo2 α=0.5", "dpo β=1", "dpo β=0.3")
-    text = f"{np.mean(above):.3f} ± {4.303 * np.std(above, ddof=1) / 3**0.5:.3f} above"
-    assert text + " the line" in flat and text in " ".join(readme.split())
-    rewards = {(r["label"], r["seed"], e["step"]): e["rewards"] for r in study for e in r["evals"]}
-    both = [(rewards.pop((r["label"], r["seed"], e["step"])), e["rewards"]) for r in second for e in r["evals"]]
-    correlations = [np.corrcoef(x, y)[0, 1] for x, y in both]
-    assert not rewards and f"{np.mean(correlations):.3f} (the mean of {len(both)} evaluations" in flat
-    gains = []
-    for runs in (study, second):
-        runs = [r for r in runs if r["label"] == "dpo"]
-        gain = [r["reward"] - r["evals"][0]["reward"] for r in runs]
-        spread = [np.std(r["evals"][0]["rewards"], ddof=1) for r in runs]
-        gains.append((np.mean(gain), np.mean(spread), np.mean(np.divide(gain, spread))))
-    first, other = gains
-    assert f"(DPO {other[0]:.3f} of {first[0]:.3f}); as" in flat
-    assert f"({other[1]:.2f} against {first[1]:.2f} among" in flat
-    assert f"gains {other[2]:.2f} by it and {first[2]:.2f} by" in flat
-    groups = eval_imdb.by_label(runs_of("reviews.json.gz"))
-    kls = {label: np.mean([[r["curves"][-1][x] for x in ("kl_w", "kl_l", "kl_gap")] for r in runs], 0)
-           for label, runs in groups.items()}
-    some = [kls[label] for label in ("dpo", "tdpo2 α=0.5", "dpo β=1")]
-    said = " ".join(results.split())
-    for n, text in ((1, "is {:.1f} nats for DPO, {:.1f} for TDPO2 (α 0.5) and {:.1f} for DPO with β 1"),
-                    (2, "the gap {:.1f}, {:.1f} and {:.1f} (")):
-        assert text.format(*[x[n] for x in some]) in said
-    assert "that of the chosen is {:.1f} for TDPO1 and {:.1f} for DPO".format(kls["tdpo1"][0], some[0][0]) in said
-    old = json.loads(text_of("assets/imdb-two-seeds.json"))
-    assert "\n".join(eval_imdb.table(eval_imdb.references(old) + old, [])) in results
-    for r in json.loads(text_of("assets/hh.json")):
-        t, cells = eval_imdb.T975[r["prompts"] - 2], []
-        for name, wide in zip(("acc", "acc_loss", "kl_w", "kl_l", "entropy", "surprisal"), (1.96, 1.96, 0, 0, t, t)):
-            cells.append(f"{r[name]:.3f}" + (f" ± {wide * r[name + '_se']:.3f}" if wide else ""))
-        line = " | ".join([*cells, f"{r['pairs']} | {r['prompts']} |"])
-        assert any(x.startswith(f"| {r['label']} |") and x.endswith(line) for x in results.splitlines()), line
-    for base, sign in (("dpo", 1), ("dpo β=1", -1)):
-        others = {run["pair"]: run for run in groups[base]}
-        (mean, _, _, t), _ = eval_imdb.compare(groups["tdpo2 α=0.5"], others, 1)
-        assert f"{sign * mean:.3f} ± {t:.3f}" in readme
 
 
 def test_the_rows_of_a_table_have_equally_many_cells():
@@ -2585,364 +2267,12 @@ def test_the_rows_of_a_table_have_equally_many_cells():
             assert len({row.replace("\\|", "").count("|") for row in block.splitlines()}) == 1, block
 
 
-def test_readme_is_for_a_person_and_names_options_that_exist():
+def test_readme_names_options_that_exist():
     readme = text_of("README.md")
-    scripts = "sample.py", "eval_imdb.py", "test_tdpo.py", "extras/show.py", "extras/judge.py"
+    scripts = "sample.py", "eval_imdb.py", "test_tdpo.py", *glob.glob(os.path.join(HERE, "extras", "*.py"))
     source = "".join(text_of(name) for name in scripts)
     known = {*train.configure(["--out_dir=x"]), *re.findall(r'add_argument\("--(\w+)"', source), "help"}
     known |= set("nproc_per_node nnodes rdzv_backend rdzv_endpoint model_outputs reference_outputs".split())
     named = set(re.findall(r"--(\w+)", readme))
     assert named <= known and len(named) > 15, named - known
     assert len(text_of("tdpo.py").splitlines()) < 200
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# benchmarks: the loss layer, forward and backward under bf16 autocast, each form in a process of its own
-
-
-def whole(hidden, weight, ref_hidden, ref_weight, labels, pair, chosen):
-    """The unfused form on response tokens: logits of N x V, whole."""
-    tokens = tdpo.token_stats(hidden @ weight.T, ref_hidden @ ref_weight.T, labels)
-    n, sequence = 2 * int(pair[-1]) + 2, (2 * pair + chosen).to(hidden.device)
-    w, l = slice(1, None, 2), slice(0, None, 2)
-    losses, found = tdpo._pair_losses(tokens, labels, sequence, n, w, l, 0.1, 0.5, "tdpo2")
-    return losses.mean(), found
-
-
-def products(hidden, weight, ref_hidden, *_):
-    """The floor: the fused form's four products alone, in its chunks and dtypes, and the rounding between them."""
-    low, rows, wide = weight.bfloat16(), tdpo.CHUNK_ROWS if hidden.is_cuda else tdpo.CHUNK_ROWS // 8, torch.float32
-    w, d_weight = low if hidden.is_cuda else weight, torch.zeros_like(weight)
-    with torch.autocast(hidden.device.type, enabled=False), torch.backends.mkldnn.flags(None, None, None, "bf16"):
-        for h, r in zip(hidden.split(rows), ref_hidden.split(rows)):
-            d_logits = tdpo._product(h.to(w.dtype), w.T, wide).bfloat16()
-            tdpo._product(r.to(w.dtype), w.T, wide)
-            d_logits @ low
-            d_weight += tdpo._product(d_logits.T, h.bfloat16(), wide)
-
-
-FORMS = dict(products=products, fused=tdpo.fused_tdpo_loss, unfused=whole)
-
-
-def bench_one(form, N, V, d):
-    """A row of the table: the median of 3 runs after a warm-up, and the peak memory, on a GPU beyond the inputs,
-    on a CPU beyond that of a pass over 256 tokens, which has the weights' gradient. N tokens in pairs of 2 x 64, fp32
-    weights, a policy a little off its reference."""
-    device, g, token, times = sample.DEVICES[0], torch.Generator().manual_seed(0), torch.arange(N), []
-    hidden, noise = torch.randn(2, N, d, generator=g).unbind()
-    weight, labels = torch.randn(V, d, generator=g) * 2 / d**0.5, torch.randint(0, V, (N,), generator=g)
-    case = [x.to(device) for x in (hidden, weight, hidden + 0.05 * noise, weight.clone(), labels)]
-    case = cast([*case, token // 128, token % 128 < 64], torch.float32)
-
-    def once(case):
-        began = time.perf_counter()
-        with torch.autocast(device, torch.bfloat16), torch.set_grad_enabled(form != "products"):
-            found = FORMS[form](*case)
-        if found:
-            found[0].backward()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    once(cast([x[:256] if len(x) == N else x for x in case], torch.float32))    # compiling does not count as memory
-    before = train.peak_gib(device)
-    if device == "cuda":
-        for x in case:
-            x.grad = None
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 2**30
-    for _ in range(4):
-        once(case)
-    seconds = float(np.median(times[2:]))
-    return dict(seconds=seconds, tflops=8e-12 * N * V * d / seconds, gib=train.peak_gib(device) - before)
-
-
-def show(*cells):
-    print("| " + " | ".join(f"{x:.4g}" if isinstance(x, float) else str(x) for x in cells) + " |", flush=True)
-
-
-def last_json(*command):
-    """What a process of this file prints last."""
-    path = os.path.join(HERE, "test_tdpo.py")
-    done = subprocess.run([sys.executable, path, *map(str, command)], capture_output=True, text=True,
-                          timeout=Run.seconds)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def bench_layer(*sizes):
-    print(f"torch {torch.__version__}, {sample.DEVICES[0]}, {torch.get_num_threads()} threads")
-    show("N", "V", "d", "form", "s", "TFLOP/s", "GiB")
-    show(*["---"] * 7)
-    for form in FORMS:
-        show(*sizes, form, *last_json("one", form, *sizes).values())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the day a GPU is there: python test_tdpo.py gpu FOLDER measures all that needs one. It writes gpu.json and gpu.md
-# after each item, and goes on where it was stopped, on the same card; what it does not reach in time it says
-
-
-GPU_MODELS = {
-    "gpt2-large": hf.GPT2Config(n_embd=1280, n_layer=36, n_head=20),
-    "0.6B": hf.Qwen3Config(vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
-                           num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True),
-    "1.5B": qwen(1536, 8960, 28, 12),
-}
-TOY_MODELS = {"toy": hf.LlamaConfig(**dict(SIZES, vocab_size=2048, max_position_embeddings=512), **GROUPS)}
-
-
-def numbers_model(folder, config, pairs):
-    """A model of random weights in bf16 whose words are numbers, and pairs as long as HH's: prompts of 100 tokens,
-    responses of 65 in the middle."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    inner = Tokenizer(models.WordLevel({"<eos>": 0, **{str(n): n for n in range(1, 1000)}}, unk_token="<eos>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    hf.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>").save_pretrained(folder)
-    torch.manual_seed(0)
-    config.bos_token_id = config.eos_token_id = config.pad_token_id = 0
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    rng, rows = np.random.default_rng(0), []
-    for _ in range(pairs):
-        lengths = np.exp(rng.normal((4.6, 4.2, 4.2), (0.8, 0.7, 0.7))).clip(2, 400).astype(int)
-        texts = [" ".join(map(str, rng.integers(1, 1000, n))) for n in lengths]
-        rows.append(dict(zip(("prompt", "chosen", "rejected"), (texts[0], " " + texts[1], " " + texts[2]))))
-    return write_lines(folder + ".jsonl", rows)
-
-
-def profiled():
-    """before: the five largest costs of step 4, in profile.json."""
-    profiler = torch.profiler.profile()
-
-    def in_step(n):
-        if n == 3:
-            profiler.start()
-        if n == 4:
-            profiler.stop()
-            cost = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-            events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, cost))
-            if torch.cuda.is_available():           # kernels, not once more the operations that launch them
-                kernels = torch.autograd.DeviceType.CUDA
-                events = [x for x in events if x.device_type == kernels and not x.is_user_annotation]
-            whole = sum(getattr(event, cost) for event in events)
-            with open("profile.json", "w") as f:
-                json.dump({event.key[:80]: getattr(event, cost) / whole for event in events[:5]}, f)
-    stepping(in_step)
-
-
-def ours(model, path, steps, *options, before=nothing):
-    """Speed and memory of train.py: the median step behind three that warm up."""
-    options = ["--bad_rows=0", "--eval_pairs=8", "--eval_interval=0", "--save_interval=0", "--out_dir=run",
-               "--overwrite=True", f"--data={path}", f"--init_from={model}", f"--max_steps={steps}", *options]
-    says(0, "saved run", "train.py", *options, before=before)
-    found = steps_of("run")
-    return {name: float(np.median([x[name] for x in found[3:]])) for name in ("pairs_per_s", "mfu", "peak_gib")
-            if name in found[-1]} | dict(losses=[x["loss"] for x in found])
-
-
-def by_trl(model, path, steps, batch, rank):
-    """The same of TRL's DPOTrainer, in a process of its own: micro-batches of 8 pairs, no gradient checkpointing."""
-    import trl
-    from datasets import Dataset
-    times = []
-
-    class Timer(hf.TrainerCallback):
-        def on_step_end(self, *args, **kwargs):
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times.append(time.perf_counter())
-    adapters = None
-    if rank:
-        import peft
-        adapters = peft.LoraConfig(r=rank, lora_alpha=32, target_modules="all-linear")
-    settings = trl.DPOConfig(output_dir="trl", per_device_train_batch_size=8, gradient_accumulation_steps=batch // 8,
-                             max_steps=steps, bf16=True, optim="rmsprop", max_length=512, report_to=[],
-                             gradient_checkpointing=False, save_strategy="no", use_cpu=not torch.cuda.is_available())
-    load = functools.partial(AutoModelForCausalLM.from_pretrained, model)
-    trainer = trl.DPOTrainer(model=load(dtype=torch.float32), args=settings, peft_config=adapters, callbacks=[Timer()],
-                             ref_model=None if rank else load(dtype=torch.float32),
-                             train_dataset=Dataset.from_list(lines_of(path)),
-                             processing_class=AutoTokenizer.from_pretrained(model))
-    trainer.train()
-    speed = batch / float(np.median(np.diff(times)[2:]))
-    print(json.dumps(dict(pairs_per_s=speed, peak_gib=train.peak_gib(sample.DEVICES[0]))))
-
-
-# the goals on an H100
-GOALS = {"ratio": 3, "mfu": 0.5, "tflops": 500}
-MINUTES = 25
-
-
-def gpu_day(folder, toy=False):
-    """{item: what was measured}, also in folder/gpu.json; an item that fails says why, and the others go on."""
-    if not toy and not torch.cuda.is_available():
-        sys.exit(f"error: torch {torch.__version__} sees no GPU here, which is what the day is for")
-    os.makedirs(folder, exist_ok=True)
-    deadline = time.time() + 60 * MINUTES
-    steps, batch, models, sizes, V_of_layer = 12, 64, GPU_MODELS, (8192, 1024), (50257, 128256, 151936)
-    if toy:
-        steps, batch, models, sizes, V_of_layer = 5, 8, TOY_MODELS, (128, 32), (2048,)
-    with contextlib.chdir(folder):
-        card = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        found = {"device": dict(card=card, torch=torch.__version__, transformers=hf.__version__)}
-        if os.path.exists("gpu.json"):
-            before = json.load(open("gpu.json"))
-            if before["device"] != found["device"]:
-                sys.exit(f"error: {folder} is of {before['device']}, this is {found['device']}: name another folder")
-            found = before
-
-        def item(name, measure, *args, **options):
-            if "failed" in found.get(name, ["failed"]):
-                began = time.time()
-                # a GPU's kernels are compiled first
-                Run.seconds = max(1, min(300, deadline - began))
-                try:
-                    if began > deadline:
-                        raise TimeoutError(f"not reached in {MINUTES} minutes: start it again")
-                    found[name] = measure(*args, **options)
-                except (Exception, pytest.fail.Exception) as error:
-                    found[name] = dict(failed=f"{type(error).__name__} {error}"[-2000:])
-                found[name]["took"] = time.time() - began
-                print(f"{name}: {found[name]}", flush=True)
-            compare_items(found, models, V_of_layer)
-            with open("gpu.json", "w") as f:
-                json.dump(found, f, indent=1)
-            with open("gpu.md", "w") as f:
-                f.write("\n".join(gpu_table(found)) + "\n")
-
-        if not toy:
-            item("tests", suite)
-        for V in V_of_layer:
-            for form in ("products", "fused"):
-                if toy:
-                    item(f"loss layer, {form}, V {V}", bench_one, form, sizes[0], V, sizes[1])
-                else:
-                    item(f"loss layer, {form}, V {V}", last_json, "one", form, sizes[0], V, sizes[1])
-        # a GPU's runs are compiled; on a CPU one is, without a compiler behind it
-        how = dict(before=compile_eagerly) if toy else {}
-        for name, config in models.items():
-            path = name + ".jsonl"
-            if not os.path.exists(path):
-                path = numbers_model(name, config, pairs=(steps + 1) * batch + 100)
-            for rank in (0, 16):
-                options = [f"--batch_size={batch}", f"--lora_rank={rank}"]
-                if rank == 0:
-                    options.append("--compile=True")
-                item(f"{name}, rank {rank}", ours, name, path, steps, *options, **how)
-                if importlib.util.find_spec("trl"):
-                    item(f"{name}, rank {rank}, TRL", last_json, "trl", name, path, steps, batch, rank)
-        # the last model in other ways
-        size = f"--batch_size={batch}"
-        item(f"{name}, rank 0, not compiled", ours, name, path, steps, size, "--compile=False")
-        item(f"{name}, rank 0, checkpointed", ours, name, path, steps, size, "--compile=True",
-             "--checkpoint_activations=True", **how)
-        item("profile", profile_of, name, path, size)
-    return found
-
-
-def compare_items(found, models, V_of_layer):
-    """Add to the items what they are to those that they are measured against: ratio, and difference of losses."""
-    for V in V_of_layer:
-        a, b = (found.get(f"loss layer, {form}, V {V}", {}) for form in ("fused", "products"))
-        if "tflops" in a and "tflops" in b:
-            a["of products"] = a["tflops"] / b["tflops"]
-    for name in models:
-        for rank in (0, 16):
-            a, b = found.get(f"{name}, rank {rank}", {}), found.get(f"{name}, rank {rank}, TRL", {})
-            if "pairs_per_s" in a and "pairs_per_s" in b:
-                a["ratio"] = a["pairs_per_s"] / b["pairs_per_s"]
-        whole = found.get(f"{name}, rank 0", {})
-        for other in ("not compiled", "checkpointed"):
-            a = found.get(f"{name}, rank 0, {other}", {})
-            if "losses" in whole and "losses" in a:
-                a["difference"] = max(abs(x / y - 1) for x, y in zip(whole["losses"], a["losses"]))
-
-
-def gpu_table(found):
-    """Lines of gpu.md: a line for each item, with the goals that it misses."""
-    names = ("pairs_per_s", "ratio", "mfu", "tflops", "of products", "peak_gib", "gib", "difference", "took")
-    heads = ("pairs/s", "× TRL", "MFU", "TFLOP/s", "× products", "peak GiB", "extra GiB", "losses differ by", "s")
-    yield ", ".join(found["device"].values()) + "\n"
-    yield "| item | " + " | ".join(heads) + " | |"
-    yield "|---" * (len(heads) + 2) + "|"
-    for item, values in found.items():
-        if item == "device" or "shares" in values:
-            continue
-        said = values.get("failed") or values.get("said") or ""
-        # the products alone and TRL have no goal of ours
-        if not item.endswith("TRL") and "products" not in item:
-            missed = [f"{goal:g}" for name, goal in GOALS.items() if values.get(name, goal) < goal]
-            said += "".join(f" under the goal of {goal}" for goal in missed)
-        cells = [f"{values[name]:.3g}" if name in values else "" for name in names]
-        yield f"| {item} | " + " | ".join(cells) + " | " + said.replace("\n", " ").replace("|", "/") + " |"
-    for cost, share in found.get("profile", {}).get("shares", {}).items():
-        yield f"\n{share:.1%} of a step: {cost}"
-
-
-def profile_of(name, path, *options):
-    ours(name, path, 5, *options, before=profiled)
-    return dict(shares=json.load(open("profile.json")))
-
-
-def suite():
-    """The tests that take a GPU; one that is skipped is no success."""
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-k", "test_gpu", __file__], capture_output=True,
-                          text=True, timeout=Run.seconds)
-    said = done.stdout.splitlines()[-1]
-    if done.returncode or "passed" not in said or "skipped" in said:
-        raise RuntimeError(done.stdout[-2000:])
-    return dict(said=said)
-
-
-def test_the_day_a_gpu_is_there_works_at_toy_sizes(tmp_path, monkeypatch):
-    monkeypatch.setattr(Run, "seconds", Run.seconds)
-    found = gpu_day(str(tmp_path / "day"), toy=True)
-    assert not [name for name, values in found.items() if "failed" in values], found
-    # a GPU computes in bf16
-    limit = 1e-2 if torch.cuda.is_available() else 1e-4
-    assert 0 < found["toy, rank 0, not compiled"]["difference"] < limit
-    assert found["toy, rank 0, checkpointed"]["difference"] < limit
-    assert found["toy, rank 16"]["pairs_per_s"] > 0 and found["loss layer, fused, V 2048"]["of products"] > 0
-    assert len(found["profile"]["shares"]) == 5 and 0 < sum(found["profile"]["shares"].values()) <= 1
-    lines = (tmp_path / "day" / "gpu.md").read_text().splitlines()
-    table = [line for line in lines if line.startswith("|")]
-    assert len(table) == 2 + 2 + 2 + 2 and len({line.count("|") for line in table}) == 1
-    (fused,) = [line for line in table if "fused" in line]
-    assert "under the goal of 500" in fused
-    assert sum(" of a step: " in line for line in lines) == 5
-    # what another card has measured is not taken for this one's
-    found["device"]["card"] = "another"
-    (tmp_path / "day" / "gpu.json").write_text(json.dumps(found))
-    with pytest.raises(SystemExit, match="another"):
-        gpu_day(str(tmp_path / "day"), toy=True)
-
-
-def test_a_gpu_day_ends_in_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(Run, "seconds", Run.seconds)
-    monkeypatch.setattr(sys.modules[__name__], "MINUTES", 0)
-    found = gpu_day(str(tmp_path / "day"), toy=True)
-    assert len(found) > 5 and all("not reached" in x["failed"] for name, x in found.items() if name != "device")
-
-
-def test_a_gpu_day_compares_with_trl_and_says_what_falls_short():
-    found = {"device": dict(card="a card"), "x, rank 0": dict(pairs_per_s=8.0, mfu=0.6, losses=[1.0, 2.0]),
-             "x, rank 0, TRL": dict(pairs_per_s=4.0), "x, rank 16": dict(failed="a | b"),
-             "x, rank 0, not compiled": dict(pairs_per_s=1.0, mfu=0.4, losses=[1.0, 2.02])}
-    compare_items(found, ["x"], ())
-    assert found["x, rank 0"]["ratio"] == 2
-    assert found["x, rank 0, not compiled"]["difference"] == approx(0.02 / 2.02)
-    card, _, _, first, trl, failed, last = gpu_table(found)
-    assert "goal of 3 |" in first and "goal of 0.5" not in first and "goal of 0.5" in last
-    assert "goal" not in trl and "a / b" in failed
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["one"]:
-        print(json.dumps(bench_one(sys.argv[2], *map(int, sys.argv[3:]))))
-    elif sys.argv[1:2] == ["trl"]:
-        by_trl(*sys.argv[2:4], *map(int, sys.argv[4:]))
-    elif sys.argv[1:2] == ["fits"]:
-        print("\n".join(map(fits, CARDS)))
-    elif sys.argv[1:2] == ["gpu"]:
-        gpu_day(*sys.argv[2:] or ["out/gpu"])
-    else:
-        bench_layer(*sys.argv[1:] or ["4096", "50257", "768"])
