@@ -11,12 +11,10 @@ python -m extras.show shades the tokens of responses, and python -m extras.judge
 import argparse
 import difflib
 import functools
-import gzip
 import json
 import os
 import sys
 import tempfile
-import zlib
 
 import numpy as np
 import torch
@@ -147,39 +145,23 @@ def reference_of(folder):
 # prompts
 
 
-def read_prompts(path, count=0):
-    """[("FILE line N", row)] of a .jsonl file of objects or of a .txt file of prompts, which may be gzipped (.gz).
-
-    Reads at most count rows, or all if count is 0. Exits at a line that cannot be read.
-    """
-    path = os.path.expanduser(path)
-    name = path.lower().removesuffix(".gz")
-    if not name.endswith((".jsonl", ".txt")):
+def read_prompts(path):
+    """[("FILE line N", row)] of a .jsonl file of objects with "prompt", or of a .txt file with a prompt in each line.
+    Exits at a line that cannot be read."""
+    if not path.endswith((".jsonl", ".txt")):
         sys.exit(f"error: {path} is not a .jsonl or .txt file: write the prompts line by line into one of these")
-    opener = open if name == path.lower() else gzip.open
+    rows, number = [], 0
     try:
-        with opener(path, "rb") as f:
-            lines = f.read().splitlines()
-    except (OSError, EOFError, zlib.error) as error:
-        sys.exit(f"error: cannot read {path}: {error}")
-
-    rows = []
-    form = "JSON" if name.endswith(".jsonl") else "UTF-8"
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if len(rows) == count > 0:
-            break
-        place = f"{path} line {number}"
-        try:
-            row = {"prompt": line.decode("utf-8-sig")}
-            if form == "JSON":
-                row = json.loads(row["prompt"])
-        except (ValueError, RecursionError) as error:
-            sys.exit(f"error: {place} is not {form}: {error}")
-        if not isinstance(row, dict):
-            sys.exit(f"error: {place} is not a JSON object")
-        rows.append((place, row))
+        with open(path, encoding="utf-8-sig") as f:
+            for number, line in enumerate(f, 1):
+                if not line.strip():
+                    continue
+                row = {"prompt": line.rstrip("\n")}
+                if path.endswith(".jsonl"):
+                    row = json.loads(line)
+                rows.append((f"{path} line {number}", row))
+    except (OSError, ValueError, RecursionError) as error:
+        sys.exit(f"error: cannot read {path}, line {number}: {error}")
     if not rows:
         sys.exit(f"error: {path} has no prompts")
     return rows
@@ -261,7 +243,7 @@ def encode_prompt(tokenizer, text):
 def prompt_text(tokenizer, place, row, as_chat=False):
     """A row's prompt as text. The chat template renders messages (with the row's system and tools), or text if as_chat.
     Exits if the row has neither. place: the row's name in errors."""
-    prompt = row.get("prompt")
+    prompt = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(prompt, (str, list)):
         sys.exit(f'error: {place} has no "prompt" that is text or a list of messages')
     if as_chat and isinstance(prompt, str):
@@ -447,33 +429,29 @@ def ratio_mean(values, weights, groups):
 
 
 # -----------------------------------------------------------------------------
-# options that the scripts that sample share
+# the script; extras/show.py shares its options
 
 
-def add_sampling_options(parser):
-    """The options of every script that samples."""
+def sampling_options(parser):
+    """The values of the parser's options and of those that sampling takes."""
     parser.add_argument("--model", required=True, help="checkpoint directory or hub id")
+    parser.add_argument("--ref", default="", help="reference; by default the one that --model was trained against")
+    parser.add_argument("--prompts", default="", help=".jsonl or .txt; by default those that the run held out")
+    parser.add_argument("--prompt", default="", help="one prompt")
+    parser.add_argument("--chat", action="store_true", help="render prompts that are text with the chat template, too")
     parser.add_argument("--num_prompts", type=int, default=8, help="at most this many prompts, 0 for all (%(default)s)")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens of a response at most (%(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature (%(default)s)")
     parser.add_argument("--top_p", type=float, default=0.95, help="nucleus sampling (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same responses (%(default)s)")
     parser.add_argument("--device", default=DEVICES[0], choices=DEVICES, help="where to sample (%(default)s)")
-
-
-def add_prompt_options(parser):
-    """The options that `set_up` needs besides."""
-    parser.add_argument("--ref", default="", help="reference; by default the one that --model was trained against")
-    either = parser.add_mutually_exclusive_group()
-    either.add_argument("--prompts", default="", help=".jsonl or .txt; by default those that the run held out")
-    either.add_argument("--prompt", default="", help="one prompt")
-    parser.add_argument("--chat", action="store_true", help="render prompts that are text with the chat template, too")
-
-
-def parse_sampling(parser):
-    """The options, if their numbers can be used to sample."""
     args = parse(parser)
+    own = args.prompt or args.prompts
     for fails, message in (
+        (args.prompt and args.prompts, "--prompt and --prompts exclude each other"),
+        (args.chat and not own, "--chat needs --prompt or --prompts: a run has rendered its own prompts already"),
+        (not own and not os.path.exists(os.path.join(args.model, "prompts.jsonl")),
+         f"{args.model} is not a run that held out prompts: give --prompt or --prompts"),
         (args.max_new_tokens < 1, "--max_new_tokens must be 1 or more"),
         (not 0 < args.temperature < float("inf"), "--temperature must be greater than 0"),
         (not 0 < args.top_p <= 1, "--top_p must be greater than 0 and at most 1"),
@@ -484,24 +462,17 @@ def parse_sampling(parser):
     return args
 
 
-def set_up(parser, args):
+def set_up(args):
     """(model, tokenizer, reference or None, texts of the prompts) that the options name."""
-    held_out = os.path.join(args.model, "prompts.jsonl")
-    by_default = not (args.prompt or args.prompts)
-    if by_default and args.chat:
-        parser.error("--chat needs --prompt or --prompts: a run has rendered its own prompts already")
-    if by_default and not os.path.exists(held_out):
-        parser.error(f"{args.model} is not a run that held out prompts: give --prompt or --prompts")
-
     if args.prompt:
         rows = [("the prompt", {"prompt": args.prompt})]
     else:
-        rows = read_prompts(args.prompts or held_out, args.num_prompts)
+        rows = read_prompts(args.prompts or os.path.join(args.model, "prompts.jsonl"))
+    rows = rows[:args.num_prompts or None]
     model, tokenizer = load_model(args.model, args.device)
-    has_text = any(isinstance(row.get("prompt"), str) for _, row in rows)
-    if has_text and tokenizer.chat_template and not args.chat and not by_default:
-        print("note: prompts that are text are used as they are; --chat renders them with the model's chat template")
     texts = [prompt_text(tokenizer, place, row, args.chat) for place, row in rows]
+    if tokenizer.chat_template and not args.chat and (args.prompt or args.prompts):
+        print("note: prompts that are text are used as they are; --chat renders them with the model's chat template")
 
     ref = None
     path = args.ref or reference_of(args.model)
@@ -511,50 +482,35 @@ def set_up(parser, args):
     return model, tokenizer, ref, list(dict.fromkeys(texts))
 
 
-def draw_and_measure(args, model, tokenizer, ref, prompts, num_samples=1):
-    """Yield (name, responses, what `measure` finds) of the reference, unless it is None, and then of the policy.
-
-    prompts: lists of token ids. The num_samples responses to one prompt stand together. Only the policy is measured
-    against the reference.
-    """
-    models = [("policy", model, ref)]
-    if ref is not None:
-        models.insert(0, ("reference", ref, None))
-    repeated = [prompt for prompt in prompts for _ in range(num_samples)]
-    for name, drawn_from, against in models:
-        drawn = generate(drawn_from, tokenizer, prompts, args.max_new_tokens, num_samples, args.temperature, args.top_p,
-                         args.seed)
-        responses = [response for group in drawn for response in group]
-        yield name, responses, measure(drawn_from, against, repeated, responses)
-
-
-# -----------------------------------------------------------------------------
-# the script
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    add_sampling_options(parser)
-    add_prompt_options(parser)
     parser.add_argument("--num_samples", type=int, default=1, help="responses to each prompt (%(default)s)")
     parser.add_argument("--out", default="", help="file to write or replace; by default samples.jsonl in --model")
-    args = parse_sampling(parser)
+    args = sampling_options(parser)
     if args.num_samples < 1:
         parser.error("--num_samples must be 1 or more")
     # the model of a hub id has no folder here
     folder = args.model if os.path.isdir(args.model) else "."
     out = writable(parser, args.out or os.path.join(folder, "samples.jsonl"))
-    model, tokenizer, ref, texts = set_up(parser, args)
-
+    model, tokenizer, ref, texts = set_up(args)
     prompts = [encode_prompt(tokenizer, text) for text in texts]
     # response n answers prompt index[n]
     index = np.repeat(range(len(prompts)), args.num_samples)
+
+    # the policy is measured against its reference
+    models = {"policy": (model, ref)}
+    if ref is not None:
+        models = {"reference": (ref, None), **models}
     rows, means = [], []
     shown = [[] for _ in texts]
-    for name, responses, measured in draw_and_measure(args, model, tokenizer, ref, prompts, args.num_samples):
-        # without a reference, and for the reference itself, there is no divergence
-        stats = response_stats(measured)
-        if ref is None or name == "reference":
+    for name, (m, against) in models.items():
+        drawn = generate(m, tokenizer, prompts, args.max_new_tokens, args.num_samples, args.temperature, args.top_p,
+                         args.seed)
+        responses = [response for group in drawn for response in group]
+        stats = response_stats(measure(m, against, [prompts[i] for i in index], responses))
+        # there is no divergence without a reference
+        if against is None:
             stats = {key: stats[key] for key in ("entropy", "surprisal")}
 
         # a row for each response
@@ -564,7 +520,7 @@ if __name__ == "__main__":
             rows.append(dict(prompt=texts[i], model=name, response=text, tokens=len(responses[n]), **numbers))
             shown[i].append(f"  {name:9} |{text}")
 
-        # a line for each model: means over tokens, or sums over a response
+        # a line for each model: means over tokens, or over responses
         lengths = np.array([len(response) for response in responses])
         line = f"{name:9} | {len(responses)} responses"
         for key, values in stats.items():

@@ -1228,11 +1228,11 @@ if __name__ == "__main__":
                  "share. Start it without torchrun, or leave --lora_rank out")
 
     # the device, and the type in which it multiplies
-    where = DEVICES[0] if device == "auto" else device
+    device_type = DEVICES[0] if device == "auto" else device
     if dtype == "auto":
-        dtype = "bfloat16" if where == "cuda" else "float32"
+        dtype = "bfloat16" if device_type == "cuda" else "float32"
     low = dtype == "bfloat16"
-    compiled = compile and where == "cuda"
+    compiled = compile and device_type == "cuda"
 
     # a chat template that prints the date prints the one of the run's first start, which is the same in all processes
     started = total(torch.tensor(launched if rank == 0 else 0, dtype=torch.float64)).item()
@@ -1254,7 +1254,7 @@ if __name__ == "__main__":
     if task:
         reviews = eval_imdb.load_texts(data, texts)
     if task and not sft:
-        score = eval_imdb.load_reward(reward, where)
+        score = eval_imdb.load_reward(reward, device_type)
 
     if init_from == "scratch" and not sft:
         init_from = embedded_sft()
@@ -1287,7 +1287,7 @@ if __name__ == "__main__":
     # several processes share a model that may be too large for one GPU; but a task samples before it is spread
     if world == 1 or task:
         for m in models.values():
-            m.to(where)
+            m.to(device_type)
 
     # -------------------------------------------------------------------------
     # data: rows of a task or of a source, then tokens, then what is held out
@@ -1342,9 +1342,9 @@ if __name__ == "__main__":
     # rows: on a GPU they have one length, so that the model compiles once and FlexAttention can skip; elsewhere any
     sizes = [size(example) for example in examples]
     most = max(sizes + [size(example) for example in held_out])
-    row_tokens = max(micro_tokens or (8192 if where == "cuda" else 1024), most)
+    row_tokens = max(micro_tokens or (8192 if device_type == "cuda" else 1024), most)
     row_length = 0
-    if where == "cuda":
+    if device_type == "cuda":
         tokens = batch_size * sum(sizes) / len(sizes)
         per_step = world * math.ceil(tokens / row_tokens / world)
         row_length = math.ceil(max(most, tokens / per_step) / 128) * 128
@@ -1380,7 +1380,7 @@ if __name__ == "__main__":
     for m in models.values():
         # several processes compile block by block
         if world > 1:
-            shard(m, where, compiled, low)
+            shard(m, device_type, compiled, low)
         body = torch.compile(m.base_model, dynamic=False) if compiled and world == 1 else m.base_model
         m.states = functools.partial(response_states, body, m)
         register_fsdp_forward_method(m, "states")
@@ -1424,7 +1424,7 @@ if __name__ == "__main__":
     print(f"model: {init_from}, {n_params / 1e6:.1f}M parameters, {n_trained / 1e6:.1f}M of them trained{reference}")
     epochs = max_steps * batch_size / len(examples)
     print(f"run: {method} with alpha {alpha} and beta {beta}, {max_steps} steps ({epochs:.1f} epochs), learning rate "
-          f"{learning_rate:g}, {where}, {dtype}, {world} processes; into {out_dir}", flush=True)
+          f"{learning_rate:g}, {device_type}, {dtype}, {world} processes; into {out_dir}", flush=True)
     if warmup_steps > max_steps:
         print(f"warning: --warmup_steps={warmup_steps} is more than the {max_steps} steps: the learning rate gets no "
               f"higher than {learning_rate * max_steps / warmup_steps:.2g} of {learning_rate:g}")
@@ -1439,11 +1439,11 @@ if __name__ == "__main__":
         rows = pack([size(example) for example in examples], row_tokens)
         for k in range(rank, math.ceil(len(rows) / world) * world, world):
             row = [examples[i] for i in rows[min(k, len(rows) - 1)]]
-            yield collate(row, row_length, where), k < len(rows)
+            yield collate(row, row_length, device_type), k < len(rows)
 
     def forward(batch, counts):
         """The loss, a sum over the row's pairs (sft: tokens), and stats, a value for each; 0 and none if not counts."""
-        with torch.autocast(where, torch.bfloat16, enabled=low):
+        with torch.autocast(device_type, torch.bfloat16, enabled=low):
             hidden = model.states(batch)
             if sft:
                 losses = sft_loss(hidden, output_weight(model), batch["labels"])
@@ -1479,7 +1479,8 @@ if __name__ == "__main__":
     def sampling():
         """Uncompiled, because torch.compile would compile anew for every length of a prompt; and in bf16 if FSDP
         gathers blocks in bf16, which then take no fp32 states."""
-        with torch.compiler.set_stance("force_eager"), torch.autocast(where, torch.bfloat16, enabled=world > 1 and low):
+        spread = torch.autocast(device_type, torch.bfloat16, enabled=world > 1 and low)
+        with torch.compiler.set_stance("force_eager"), spread:
             yield
 
     @torch.no_grad()
@@ -1520,7 +1521,7 @@ if __name__ == "__main__":
         write("eval", record, ["eval_" + name for name in shown.split()])
 
     # on a GPU the fullest row of the longest examples shows whether memory suffices, before anything is replaced
-    if where == "cuda":
+    if device_type == "cuda":
         fullest = sorted(examples, key=size)[-batch_size:]
         batch, _ = next(rows_of(fullest))
         try_row(batch, forward, opt)
@@ -1549,7 +1550,7 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop_after_step)
 
-    peak = PEAK_FLOPS.get(torch.cuda.get_device_name()) if where == "cuda" else None
+    peak = PEAK_FLOPS.get(torch.cuda.get_device_name()) if device_type == "cuda" else None
     speeds, began_at = [], step
     batch_of = functools.partial(step_indices, batch_size=batch_size, n=len(examples), seed=seed)
     batches = list(rows_of([examples[i] for i in batch_of(step)]))
@@ -1557,7 +1558,7 @@ if __name__ == "__main__":
         # once in a while: evaluate and save. A save follows an evaluation: broken weights never replace good ones
         stop = len(signals) > 0
         if world > 1:               # a signal may reach some processes later
-            stop = total(torch.tensor(float(stop), device=where)).item() > 0
+            stop = total(torch.tensor(float(stop), device=device_type)).item() > 0
         due_eval = step in (0, max_steps) or eval_interval and step % eval_interval == 0
         due_save = step == max_steps or save_interval and step % save_interval == 0
         if step == 0 or step > began_at:
@@ -1583,7 +1584,7 @@ if __name__ == "__main__":
         indices = batch_of(step)
         count = sum(len(examples[i].chosen) for i in indices) if sft else batch_size
         # on a CPU the gradients stay in place, because otherwise the heap would grow
-        opt.zero_grad(set_to_none=where != "cpu")
+        opt.zero_grad(set_to_none=device_type != "cpu")
         stats = []
         for batch, counts in batches:
             loss, some = forward(batch, counts)
@@ -1616,7 +1617,7 @@ if __name__ == "__main__":
         record["lr"] = opt.param_groups[0]["lr"]
         record["pairs_per_s"] = batch_size / seconds
         record["tokens_per_s"] = n_tokens / seconds
-        record["peak_gib"] = peak_gib(where)
+        record["peak_gib"] = peak_gib(device_type)
         if peak:
             record["mfu"] = flops / seconds / peak / world
         speeds.append((record["pairs_per_s"], record["tokens_per_s"]))
@@ -1632,8 +1633,8 @@ if __name__ == "__main__":
             eval_imdb.show_answers(shown, tokenizer, list(held_prompts.values())[:3], max_new_tokens, seed,
                                    score if task else None)
     middle = np.median(speeds[min(3, len(speeds) - 1):], axis=0)
-    print(f"\nmedian speed {middle[0]:.2f} {noun}/s, {middle[1]:.0f} tokens/s; peak memory {peak_gib(where):.2f} GiB; "
-          f"{time.time() - launched:.0f} s in all")
+    print(f"\nmedian speed {middle[0]:.2f} {noun}/s, {middle[1]:.0f} tokens/s; peak memory "
+          f"{peak_gib(device_type):.2f} GiB; {time.time() - launched:.0f} s in all")
     if rank == 0:
         try:
             eval_imdb.draw({os.path.basename(out_dir): eval_imdb.read_log(out_dir)}, os.path.join(out_dir, "log.png"))

@@ -13,8 +13,8 @@ import sys
 import time
 import uuid
 
-from sample import (add_sampling_options, chat, create, encode_prompt, generate, load_model, parse_sampling,
-                    read_prompts, response_text, writable)
+from sample import (DEVICES, chat, create, encode_prompt, generate, load_model, parse, read_prompts, response_text,
+                    writable)
 
 # the columns that a question has, and the type of their values
 COLUMNS = {
@@ -35,11 +35,10 @@ def read_questions(path, count, columns):
         if not isinstance(table, list):
             sys.exit(f"error: {path} is not a list of questions")
         rows = [(f"{path} row {number}", row) for number, row in enumerate(table, 1)]
-        if count:
-            rows = rows[:count]
     else:
-        rows = read_prompts(path, count)
-
+        rows = read_prompts(path)
+    if count:
+        rows = rows[:count]
     for place, row in rows:
         for name, kind in columns.items():
             if not isinstance(row, dict) or not isinstance(row.get(name), kind):
@@ -83,13 +82,17 @@ def answer(model, tokenizer, conversations, args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    add_sampling_options(parser)
-    # a judge wants all answers
-    parser.set_defaults(num_prompts=0)
+    parser.add_argument("--model", required=True, help="checkpoint directory or hub id")
+    parser.add_argument("--num_prompts", type=int, default=0, help="at most this many questions; 0, the default: all")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens of an answer at most (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature (%(default)s)")
+    parser.add_argument("--top_p", type=float, default=0.95, help="nucleus sampling (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same answers (%(default)s)")
+    parser.add_argument("--device", default=DEVICES[0], choices=DEVICES, help="where to sample (%(default)s)")
     parser.add_argument("--prompts", required=True, help=".jsonl file of questions, or .json file with a list of them")
     parser.add_argument("--format", required=True, choices=tuple(COLUMNS), help="whose questions and answers these are")
     parser.add_argument("--out", required=True, help="file to write or replace, called after the model")
-    args = parse_sampling(parser)
+    args = parse(parser)
     writable(parser, args.out)
     questions = read_questions(args.prompts, args.num_prompts, COLUMNS[args.format])
     model, tokenizer = load_model(args.model, args.device)

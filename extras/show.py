@@ -12,8 +12,8 @@ from collections import namedtuple
 
 import numpy as np
 
-from sample import (add_prompt_options, add_sampling_options, create, draw_and_measure, encode_prompt, parse_sampling,
-                    reference_of, response_text, set_up, writable)
+from sample import (create, encode_prompt, generate, measure, reference_of, response_text, sampling_options, set_up,
+                    writable)
 
 # a token is one shade darker for each of these shares that its own share reaches
 SHADES = (0.02, 0.05, 0.1, 0.2, 0.4)
@@ -92,26 +92,30 @@ def written(spans, write):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    add_sampling_options(parser)
-    add_prompt_options(parser)
     parser.add_argument("--show", default="kl", choices=("kl", "logratio", "surprisal"),
                         help="shade by KL(ref || model), log pi - log ref or -log pi (%(default)s)")
     parser.add_argument("--html", default="", help="page to write or replace")
-    args = parse_sampling(parser)
+    args = sampling_options(parser)
     compares = args.show != "surprisal"
     if compares and not (args.ref or reference_of(args.model)):
         parser.error(f"--show={args.show} compares with a reference, and {args.model} names none: give --ref")
     if args.html:
         writable(parser, args.html, "--html")
-    model, tokenizer, ref, texts = set_up(parser, args)
+    model, tokenizer, ref, texts = set_up(args)
 
     prompts = [encode_prompt(tokenizer, text) for text in texts]
     # of each prompt its responses: [(name of the model, spans)]
     shown = [[] for _ in texts]
-    for name, responses, measured in draw_and_measure(args, model, tokenizer, ref, prompts):
+    models = {"policy": (model, ref)}
+    if ref is not None:
+        models = {"reference": (ref, None), **models}
+    for name, (m, against) in models.items():
+        drawn = generate(m, tokenizer, prompts, args.max_new_tokens, 1, args.temperature, args.top_p, args.seed)
+        responses = [response for (response,) in drawn]
+        measured = measure(m, against, prompts, responses)
         for prompt, response, values, entry in zip(prompts, responses, measured, shown):
             # the reference does not diverge from itself
-            if compares and name == "reference":
+            if compares and against is None:
                 spans = [Span(response_text(tokenizer, prompt, response))]
             else:
                 spans = shaded(token_texts(tokenizer, prompt, response), values[args.show], args.show)
