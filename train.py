@@ -1237,7 +1237,11 @@ if __name__ == "__main__":
     # a chat template that prints the date prints the one of the run's first start, which is the same in all processes
     started = total(torch.tensor(launched if rank == 0 else 0, dtype=torch.float64)).item()
     if resume:
-        state = torch.load(os.path.join(out_dir, "state.pt"), map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(os.path.join(out_dir, "state.pt"), map_location="cpu", weights_only=True)
+        except Exception as error:      # torch's own sentence advises a call that would run code from the file
+            sys.exit(f"error: the checkpoint in {out_dir} cannot be read ({type(error).__name__}); restore its "
+                     "state.pt, or start again with --overwrite=True")
         started = state["started"]
 
     class Clock(datetime.datetime):
