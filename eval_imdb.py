@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast,
                           pipeline)
 
-from sample import (DEVICES, encode_prompt, generate, load_model, load_reference, measure, parse, ratio_mean,
+from sample import (DEVICES, encode_prompt, generate, load_model, load_reference, measure, parse, printable, ratio_mean,
                     response_stats, response_text, writable)
 
 TASKS = ("reviews", "imdb")
@@ -330,13 +330,13 @@ def show_answers(models, tokenizer, prompts, max_new_tokens, seed, score=None):
         shown = text.strip()
         if len(shown) > 300:
             shown = "..." + shown[-300:]
-        print("\n" + shown)
+        print("\n" + printable(shown))
         for name in models:
             answer = response_text(tokenizer, prompt, drawn[name][i][0])
             reward = ""
             if score is not None:
                 reward = f" {score([text + answer])[0]:+.2f}"
-            print(f"  {name:9}{reward} |{answer}")
+            print(f"  {name:9}{reward} |{printable(answer)}")
 
 
 def read_log(folder, step=float("inf")):

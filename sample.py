@@ -284,6 +284,16 @@ def response_text(tokenizer, prompt, response):
     return tokenizer.decode(prompt + response, skip_special_tokens=True)[len(start):]
 
 
+def printable(text):
+    """The text as a terminal can show it: nothing that a model writes moves the cursor, or is no character."""
+    shown = ""
+    for c in text:
+        if c != "\n" and (c == "\ufffd" or not c.isprintable()):
+            c = c.encode("unicode_escape").decode()
+        shown += c
+    return shown
+
+
 @torch.no_grad()
 def generate(model, tokenizer, prompts, max_new_tokens, num_samples=1, temperature=1.0, top_p=1.0, seed=0):
     """num_samples responses to each prompt (a list of token ids): lists of token ids, with EOS if it was drawn.
@@ -521,7 +531,7 @@ if __name__ == "__main__":
             text = response_text(tokenizer, prompts[i], responses[n])
             numbers = {key: float(values[n]) for key, values in stats.items()}
             rows.append(dict(prompt=texts[i], model=name, response=text, tokens=len(responses[n]), **numbers))
-            shown[i].append(f"  {name:9} |{text}")
+            shown[i].append(f"  {name:9} |{printable(text)}")
 
         # a line for each model: means over tokens, or over responses
         lengths = np.array([len(response) for response in responses])

@@ -37,8 +37,8 @@ def token_stats(pi_logits, ref_logits, labels):
 
 
 def _kl(logq, logp):
-    """KL(q || p) over the last axis: the sum of -q d with d = log p - log q. As p and q both sum to 1, this is the sum of
-    q (e^d - 1 - d), whose terms are never negative, so that nothing has to cancel in fp32."""
+    """KL(q || p) over the last axis, the sum of -q d with d = log p - log q. As p and q both sum to 1, that equals the
+    sum of q (e^d - 1 - d), whose terms are never negative, so that nothing has to cancel in fp32."""
     q, p = logq.exp(), logp.exp()
     d = torch.where(q > 0, logp - logq, 0)      # if q is 0, the term is p
     small = (q > 0) & (d.abs() < 1)
