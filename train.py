@@ -9,10 +9,10 @@
 
 Paper: Token-level Direct Preference Optimization, Zeng et al., ICML 2024, arXiv:2404.11999. The loss is in tdpo.py.
 """
-# Memory on a CPU, set up before torch is loaded. Large buffers get huge pages. The two caches of matrix products' kernels,
-# oneDNN's and torch's own, are small, because every row length has kernels of its own. glibc keeps freed buffers, because
-# fresh pages at every step would cost a third of the embedded task's time. It returns only those of 32 MiB and more, such
-# as logits: smaller buffers would break up the holes that they leave, and the heap would grow with every step.
+# Memory on a CPU, set up before torch is loaded. Large buffers get huge pages. The two caches of kernels of matrix
+# products, oneDNN's and torch's own, are small, because every row length has kernels of its own. glibc keeps freed
+# buffers, because fresh pages at every step would cost a third of the embedded task's time. It returns only those of
+# 32 MiB and more, such as logits: smaller buffers would break up the holes that they leave, and the heap would grow.
 import ctypes
 import os
 import sys
