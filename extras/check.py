@@ -4,10 +4,10 @@
 
 It shares no code with the project. Rewards come from transformers' own pipeline, or from words that are counted here.
 """
+import argparse
 import json
 import os
 import re
-import sys
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -31,8 +31,11 @@ def log_probabilities(model, ids):
         return model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
 
 
+parser = argparse.ArgumentParser(prog="python -m extras.check", description=__doc__,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("runs", nargs="+", help="directories of runs of a sentiment task")
 worst = {"reward": 0.0, "kl": 0.0, "rkl": 0.0, "entropy": 0.0}
-for folder in sys.argv[1:]:
+for folder in parser.parse_args().runs:
     options = json.load(open(os.path.join(folder, "options.json")))
     judge = None
     if options["reward"] != "exact":

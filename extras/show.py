@@ -90,8 +90,8 @@ def written(spans, write):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m extras.show", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--show", default="kl", choices=("kl", "logratio", "surprisal"),
                         help="shade by KL(ref || model), log pi - log ref or -log pi (%(default)s)")
     parser.add_argument("--html", default="", help="page to write or replace")
