@@ -10,7 +10,6 @@ The samples are read from the runs that first.json names.
 """
 import argparse
 import collections
-import gzip
 import json
 import os
 import re
@@ -18,6 +17,8 @@ import re
 import numpy as np
 import torch
 from datasets import load_dataset
+
+from extras.compare import read_json
 
 WORDS = 22              # in a stretch of a review, which is the mean length of a prefix with its completion
 
@@ -93,8 +94,7 @@ accuracy = ((positive(x) > 0.5) == (y > 0.5)).float().mean()
 print(f"{len(index)} terms; accuracy {accuracy:.4f} on the first {WORDS} words of {len(y)} test reviews")
 
 # the samples of every evaluation
-opener = gzip.open if args.results.endswith(".gz") else open
-results = json.load(opener(args.results, "rt", encoding="utf-8"))
+results = read_json(args.results)
 agreement = []
 for run in results:
     for e in run["evals"]:

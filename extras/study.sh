@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
-# The frontier of reward and KL, on the embedded task and on IMDb with a small pretrained model. A second start skips the
-# runs that have finished and resumes those that have saved. assets/RESULTS.md has the plan.
+# The runs of assets/RESULTS.md: the frontier of reward and KL on the embedded task and on IMDb, and a small Table 1 on HH.
+# A second start skips the runs that have finished and resumes those that have saved.
 #
 #     bash extras/study.sh reviews
 #     MODEL=models/smollm2 JUDGE=models/judge TEXTS=imdb.parquet bash extras/study.sh imdb
+#     MODEL=models/smollm2 bash extras/study.sh hh
 #
 # MODEL is SmolLM2-135M-Instruct's directory, JUDGE that of a classifier with a label positive, TEXTS a table with columns
-# text and split. SEEDS="1 2" runs these seeds only.
+# text and split; hh_helpful_{train,test}.jsonl hold pairs of Anthropic HH as lines of prompt, chosen, rejected.
+# SEEDS="1 2" runs these seeds only.
 set -e
-: "${1:?reviews or imdb}"
+: "${1:?reviews, imdb or hh}"
+mkdir -p out/$1
 
 # run PROGRAM DIR OPTIONS: one run into DIR, with its output in DIR.log, whose last line is shown if it fails
 run() {
@@ -37,7 +40,6 @@ edited() {
 }
 
 if [ $1 = reviews ]; then
-    mkdir -p out/reviews
     steps="--max_steps=120 --warmup_steps=60 --eval_interval=10"
     seeds=${SEEDS:-1 2 3 4 5 6 7 8}
     # first the seeds' SFT models and pairs
@@ -61,8 +63,7 @@ if [ $1 = reviews ]; then
             echo out/edited/$1/train.py out/reviews/$s-$1 --seed=$s --method=$2 $3 $steps
         done
     done | each
-else
-    mkdir -p out/imdb
+elif [ $1 = imdb ]; then
     imdb="--data=imdb --texts=${TEXTS:?a table of reviews} --dtype=float32 --learning_rate=2e-5 --eval_pairs=64"
     for s in ${SEEDS:-1 2 3}; do
         run train.py out/imdb/$s-sft --seed=$s --method=sft $imdb \
@@ -77,5 +78,18 @@ else
             case $m in "dpo --beta=0.1" | tdpo1) steps=30 ;; esac
             echo train.py out/imdb/$s-${m/ --/-} --method=$m $imdb $pairs --max_steps=$steps
         done | each
+    done
+else
+    hh="--data=hh_helpful_train.jsonl --eval_data=hh_helpful_test.jsonl --dtype=bfloat16 --batch_size=16"
+    hh="$hh --max_length=384 --warmup_steps=10 --eval_interval=0"
+    run train.py out/hh/sft --method=sft $hh --init_from=${MODEL:?the directory of SmolLM2-135M-Instruct} \
+        --optimizer=adamw --learning_rate=2e-5 --max_steps=60 --eval_pairs=100
+    for m in "fdpo --beta=0.03" dpo tdpo1 "tdpo2 --alpha=0.5"; do
+        echo train.py out/hh/${m%% *} --method=$m $hh --init_from=out/hh/sft --learning_rate=1e-5 --max_steps=40
+    done | each
+    # accuracy and KLs are in the last line of each log.jsonl; entropy in the last lines that sample.py prints
+    for m in fdpo dpo tdpo1 tdpo2; do
+        [ -s out/hh/$m/samples.jsonl ] ||
+            python sample.py --model=out/hh/$m --num_prompts=16 --num_samples=25 --max_new_tokens=64
     done
 fi
