@@ -359,9 +359,9 @@ def read_log(folder, step=float("inf")):
 # (title, what lies across and its name in the log, {name in the log: style of its line})
 PANELS = [
     ("reward", "KL(π ‖ π_ref) of samples, nats", "eval_sample_rkl", {"eval_reward": "o-"}),
-    ("KL(π_ref ‖ π), nats: rejected solid, chosen dotted", "step", "step", {"kl_l": "-", "kl_w": ":"}),
-    ("loss, held out: dots", "step", "step", {"loss": "-", "eval_loss": "o"}),
-    ("accuracy, held out: dots", "step", "step", {"acc": "-", "eval_acc": "o"}),
+    ("KL(π_ref ‖ π) of rejected and chosen (dotted)", "step", "step", {"kl_l": "-", "kl_w": ":"}),
+    ("loss; held out: dots", "step", "step", {"loss": "-", "eval_loss": "o"}),
+    ("accuracy; held out: dots", "step", "step", {"acc": "-", "eval_acc": "o"}),
 ]
 
 
@@ -381,11 +381,6 @@ def draw(logs, path):
 
     for axis, (title, across, x, lines) in zip(axes[0], panels):
         axis.set(title=title, xlabel=across)
-        # methods differ tenfold in their KLs, and all start at 0
-        if "eval_reward" in lines:
-            axis.set_xscale("symlog", linthresh=1)
-        if "kl_l" in lines:
-            axis.set_yscale("symlog", linthresh=1)
         for number, log in enumerate(logs.values()):
             for name, style in lines.items():
                 points = [record for record in log if x in record and name in record]
@@ -394,9 +389,15 @@ def draw(logs, path):
                 size = 4 if len(points) > 1 else 9
                 axis.errorbar([record[x] for record in points], [record[name] for record in points], errors, fmt=style,
                               color=colors[number % len(colors)], markersize=size, linewidth=1, elinewidth=0.5)
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        # KLs start at 0, and those of some methods are ten times those of others
+        if "eval_reward" in lines and axis.get_xlim()[1] > 10:
+            axis.set_xscale("symlog", linthresh=1)
+        if "kl_l" in lines and axis.get_ylim()[1] > 10:
+            axis.set_yscale("symlog", linthresh=1)
+        axis.autoscale()
     handles = [plt.Line2D([], [], color=colors[n % len(colors)]) for n in range(len(logs))]
     figure.legend(handles, list(logs), loc="outside right center", fontsize=8)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

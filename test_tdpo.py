@@ -1411,8 +1411,9 @@ def test_a_classifier_is_a_reward(words, tmp_path):
     reward, texts = eval_imdb.load_reward(str(tmp_path)), ["the plot was dull", "i loved this film and the music", "a"]
     expected = [model(**words(x, return_tensors="pt")).logits.softmax(-1)[0, 1].item() for x in texts]
     assert reward(texts) == approx(expected, rel=1e-5) and reward(texts[::-1]) == approx(expected[::-1], rel=1e-5)
-    # longer than its 64 positions
-    assert reward(["the plot " * 90]) == approx(reward(["the plot " * 32]), rel=1e-6)
+    # a text that is longer than its 64 positions is cut there
+    ids = words("the plot was dull " * 20, return_tensors="pt")["input_ids"][:, :64]
+    assert reward(["the plot was dull " * 20]) == approx([model(ids).logits.softmax(-1)[0, 1].item()], rel=1e-5)
 
 
 def test_pairs_are_of_the_weights_below_adapters(words, tmp_path):
