@@ -209,8 +209,8 @@ def bench_run(model, steps, *options):
     """Speed, memory and losses of a run of train.py: medians of the steps that follow the first three."""
     folder = model + "-run"
     sys.argv = ["train.py", f"--init_from={model}", f"--data={model}.jsonl", f"--max_steps={steps}", "--bad_rows=0",
-                "--eval_pairs=8", "--eval_interval=0", "--save_interval=0", f"--out_dir={folder}", "--overwrite=True",
-                *options]
+                "--eval_pairs=8", "--eval_interval=0", "--save_interval=0", "--max_new_tokens=1", f"--out_dir={folder}",
+                "--overwrite=True", *options]
     runpy.run_path(os.path.join(PROJECT, "train.py"), run_name="__main__")
     log = [record for record in read_log(folder) if "loss" in record]
     found = {"losses": [record["loss"] for record in log]}

@@ -56,7 +56,7 @@ if [ $1 = reviews ]; then
     dpo='        v = w.logratio - l.logratio  '
     edited lndpo "$dpo" '        v = w.logratio / w.length - l.logratio / l.length'
     edited tdpo2r '        v = w.logratio - l.logratio - alpha' '        v = w.logratio - l.logratio - alpha * (l.rkl - w.rkl.detach())'
-    edited ipo '    return -F.logsigmoid(m)' '    return (m / beta - 1 / (2 * beta)) ** 2'
+    edited ipo '    loss = -F.logsigmoid(m)' '    loss = (m / beta - 1 / (2 * beta)) ** 2'
     for s in $seeds; do
         for m in "lndpo dpo --beta=3" "tdpo2r tdpo2 --alpha=0.5" "ipo dpo --beta=0.1"; do
             set -- $m

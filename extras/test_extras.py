@@ -189,6 +189,8 @@ def test_the_day_on_a_gpu_works_at_toy_sizes_and_continues(tmp_path, monkeypatch
             code, out = Run("extras/bench.py", *command[3:]).end()
         return types.SimpleNamespace(returncode=code, stdout=out, stderr="")
     monkeypatch.setattr(bench.subprocess, "run", in_fork)
+    # TRL is seldom installed, and takes its time
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
     found = bench.gpu_day(str(tmp_path), toy=True)
     failed = {name: values["failed"] for name, values in found.items() if "failed" in values}
     assert failed == {"products, V 2048": "exit code 1: it failed"}
@@ -276,7 +278,7 @@ def test_show_and_judge_leave_no_output_when_their_input_is_bad(models):
     for option, *script in (("--html", "extras/show.py", "--show=surprisal"),
                             ("--out", "extras/judge.py", "--format=mt_bench")):
         for out in ("new/folder/x", "mine"):
-            says(1, "line 1 is not JSON", *script, "--model=ref", "--prompts=broken.jsonl", f"{option}={out}")
+            says(1, "cannot read broken.jsonl, line 1", *script, "--model=ref", "--prompts=broken.jsonl", f"{option}={out}")
     assert not os.path.exists("new") and text_of(os.path.abspath("mine")) == "mine\n"
 
 
