@@ -2,13 +2,12 @@
 
     python -m extras.bench                      # the loss layer: 4096 tokens, vocabulary 50257, width 768
     python -m extras.bench 8192 151936 1024     # the loss layer at other sizes
-    python -m extras.bench gpu FOLDER           # on a GPU: the loss layer, and runs of train.py beside TRL's
+    python -m extras.bench gpu FOLDER           # on a GPU: the loss layer, and runs of train.py
 
 The last one writes FOLDER/CARD.json after each measurement. Started again, it continues with those that failed or that
 are missing.
 """
 import argparse
-import importlib.util
 import json
 import os
 import runpy
@@ -20,14 +19,14 @@ import train        # before torch, because it sets up the memory of the process
 import numpy as np
 import torch
 import transformers as hf
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import tdpo
 from eval_imdb import read_log
+from extras.compare import PROJECT
 from extras.memory import qwen
 from sample import DEVICES
 
-PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # a measurement that takes longer than this many seconds has failed
 SECONDS = 600
 
@@ -171,7 +170,7 @@ def bench_layer(N=4096, V=50257, d=768):
 
 
 # -----------------------------------------------------------------------------
-# whole runs, of train.py and of TRL
+# whole runs of train.py on a GPU
 
 GPU_MODELS = {
     "0.6B": hf.Qwen3Config(vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
@@ -220,35 +219,6 @@ def bench_run(model, steps, *options):
     return found
 
 
-def bench_trl(model, steps, batch, rank):
-    """The same of TRL's DPOTrainer: micro-batches of 8 pairs, without gradient checkpointing."""
-    import trl
-    from datasets import Dataset
-    times = []
-
-    class Timer(hf.TrainerCallback):
-        def on_step_end(self, *args, **kwargs):
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times.append(time.perf_counter())
-    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    adapters, ref = None, None
-    if rank:
-        import peft
-        adapters = peft.LoraConfig(r=rank, lora_alpha=32, target_modules="all-linear")
-    else:
-        ref = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    settings = trl.DPOConfig(output_dir=model + "-trl", per_device_train_batch_size=8, max_steps=steps, bf16=True,
-                             gradient_accumulation_steps=batch // 8, optim="rmsprop", max_length=512, report_to=[],
-                             gradient_checkpointing=False, save_strategy="no", use_cpu=not torch.cuda.is_available())
-    with open(model + ".jsonl") as f:
-        rows = Dataset.from_list([json.loads(line) for line in f])
-    trainer = trl.DPOTrainer(model=policy, ref_model=ref, args=settings, peft_config=adapters, train_dataset=rows,
-                             processing_class=AutoTokenizer.from_pretrained(model), callbacks=[Timer()])
-    trainer.train()
-    return {"pairs_per_s": batch / float(np.median(np.diff(times)[2:])), "peak_gib": train.peak_gib(DEVICES[0])}
-
-
 def day_items(folder, models, vocabularies, steps, batch, N, d):
     """{name: (function, its arguments)} of all measurements, in order."""
     items = {}
@@ -259,8 +229,6 @@ def day_items(folder, models, vocabularies, steps, batch, N, d):
         model, size = os.path.join(folder, name), f"--batch_size={batch}"
         for rank in (0, 16):
             items[f"{name}, rank {rank}"] = bench_run, (model, steps, size, f"--lora_rank={rank}")
-            if importlib.util.find_spec("trl"):
-                items[f"{name}, rank {rank}, TRL"] = bench_trl, (model, steps, batch, rank)
         # in two ways that must not change the losses of rank 0
         items[f"{name}, not compiled"] = bench_run, (model, steps, size, "--compile=False")
         items[f"{name}, checkpointed"] = bench_run, (model, steps, size, "--checkpoint_activations=True")

@@ -1,7 +1,7 @@
 """Answer the questions of MT-bench or AlpacaEval with a model, in the form that their judges read.
 
     python -m extras.judge --model=DIR --format=mt_bench --prompts=question.jsonl --out=model_answer/NAME.jsonl
-    python -m extras.judge --model=DIR --format=alpaca_eval --prompts=alpaca_eval.json --out=NAME.json
+    python -m extras.judge --model=DIR --format=alpaca_eval --prompts=alpaca_eval.jsonl --out=NAME.json
 
 FastChat and AlpacaEval know the model by the name of the file. In MT-bench the second turn follows the model's first
 answer. Temperature and length are options; neither benchmark's own settings are built in.
@@ -18,22 +18,6 @@ from sample import (DEVICES, chat, create, encode_prompt, generate, load_model, 
 
 # the columns of a question
 COLUMNS = {"mt_bench": ("question_id", "turns"), "alpaca_eval": ("instruction",)}
-
-
-def read_questions(path, columns):
-    """The rows of a .jsonl file, or of a .json file with a list, as AlpacaEval's is. Exits at a row without a column."""
-    if path.lower().endswith(".json"):
-        try:
-            with open(path, encoding="utf-8-sig") as f:
-                rows = [(f"{path} row {number}", row) for number, row in enumerate(json.load(f), 1)]
-        except (OSError, ValueError, TypeError) as error:
-            sys.exit(f"error: cannot read a list of questions from {path}: {error}")
-    else:
-        rows = read_prompts(path)
-    for place, row in rows:
-        if not isinstance(row, dict) or not set(columns) <= row.keys():
-            sys.exit(f"error: {place} is not a JSON object with {' and '.join(columns)}")
-    return [row for _, row in rows]
 
 
 def answer(model, tokenizer, conversations, args):
@@ -78,12 +62,16 @@ if __name__ == "__main__":
     parser.add_argument("--top_p", type=float, default=0.95, help="nucleus sampling (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same answers (%(default)s)")
     parser.add_argument("--device", default=DEVICES[0], choices=DEVICES, help="where to sample (%(default)s)")
-    parser.add_argument("--prompts", required=True, help=".jsonl file of questions, or .json file with a list of them")
+    parser.add_argument("--prompts", required=True, help=".jsonl file of questions")
     parser.add_argument("--format", required=True, choices=tuple(COLUMNS), help="whose questions and answers these are")
     parser.add_argument("--out", required=True, help="file to write or replace, called after the model")
     args = parse(parser)
     writable(parser, args.out)
-    questions = read_questions(args.prompts, COLUMNS[args.format])
+    questions = []
+    for place, row in read_prompts(args.prompts):
+        if not isinstance(row, dict) or not set(COLUMNS[args.format]) <= row.keys():
+            parser.error(f"{place} is not a JSON object with {' and '.join(COLUMNS[args.format])}")
+        questions.append(row)
     model, tokenizer = load_model(args.model, args.device)
 
     name = os.path.splitext(os.path.basename(args.out))[0]

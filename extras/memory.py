@@ -18,10 +18,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen2Config
 
+from extras.compare import PROJECT, with_table
 from sample import parse
 from tdpo import CHUNK_BYTES
 
-README = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "README.md")
+README = os.path.join(PROJECT, "README.md")
 
 
 # -----------------------------------------------------------------------------
@@ -224,21 +225,17 @@ def table_row(name):
     return f"| {name} | {' | '.join(columns)} |"
 
 
-def write_table(path=README):
-    """Write the table between its two markers in README."""
+def table():
+    """The lines of the table."""
     lines = ["| | " + " | ".join(f"{size} GB" for size in CARDS) + " |", "|---" * (1 + len(CARDS)) + "|"]
-    lines += [table_row(name) for name in MODELS]
-    with open(path, encoding="utf-8") as f:
-        before, marker, rest = f.read().partition("<!-- table fits -->\n")
-    _, end, after = rest.partition("<!-- end -->")
-    if not end:
-        sys.exit(f"error: {path} has no two lines <!-- table fits --> and <!-- end -->; the table goes between them")
-    with open(path, "w", encoding="utf-8") as f:
-        f.write(before + marker + "\n".join(lines) + "\n" + end + after)
+    return lines + [table_row(name) for name in MODELS]
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["table"]:
-        write_table()
+        with open(README, encoding="utf-8") as f:
+            text = with_table(f.read(), "fits", table())
+        with open(README, "w", encoding="utf-8") as f:
+            f.write(text)
     else:
         report(read_options(sys.argv[1:]))

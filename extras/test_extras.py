@@ -1,5 +1,6 @@
 """Tests of extras/: python -m pytest -q extras"""
 import glob
+import gzip
 import html
 import json
 import math
@@ -108,39 +109,22 @@ def test_a_row_is_as_full_as_a_pass_or_a_step_and_its_logits_have_a_bound():
     assert found[0] < found[1] == found[2] == approx(3 * 2**29, rel=1e-3)
 
 
-def test_a_reference_that_was_saved_in_bf16_stays_so():
-    low = hf.LlamaConfig(**SIZES, dtype="bfloat16")
-    needs = memory.memory_needs(planned(), low, memory.fullest_row(planned()))
-    layers = sum(layer.weight.numel() for layer in train.linear_layers(memory.build(LLAMA)))
-    assert needs["weights"] - needs["reference"] == 2 * layers
-    assert memory.memory_needs(planned("--method=sft"), low, memory.fullest_row(planned()))["reference"] == 0
-
-
-def test_a_run_is_reported_from_its_configuration(tmp_path, capsys):
+def test_a_run_is_reported_from_its_configuration(tmp_path):
     LLAMA.save_pretrained(tmp_path)
     assert os.listdir(tmp_path) == ["config.json"]
-    memory.report(memory.read_options([f"--init_from={tmp_path}"]))
-    out = capsys.readouterr().out
+    out = says(0, "16 examples of 8192 tokens", "extras/memory.py", f"--init_from={tmp_path}")
     sizes = [float(x) for x in re.findall(r"(\S+) GiB", out)]
-    assert "16 examples of 8192 tokens" in out and len(sizes) == 7 and sum(sizes[:-1]) == approx(sizes[-1], abs=0.04)
-    # a choice that depends on the data
-    hf.Qwen3MoeConfig(**SIZES, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2).save_pretrained(tmp_path)
-    with pytest.raises(SystemExit, match="Qwen3MoeForCausalLM cannot be computed without data"):
-        memory.report(memory.read_options([f"--init_from={tmp_path}"]))
+    assert len(sizes) == 7 and sum(sizes[:-1]) == approx(sizes[-1], abs=0.04)
 
 
-def test_the_table_of_models_that_fit_is_computed(tmp_path, monkeypatch):
+def test_the_table_of_models_that_fit_is_computed(monkeypatch):
     readme = text_of("README.md")
-    rows = readme.partition("<!-- table fits -->\n")[2].partition("<!-- end -->")[0].splitlines()[2:]
-    rows = {line.split(" | ")[0].removeprefix("| "): line for line in rows}
-    assert list(rows) == list(memory.MODELS)
-    assert memory.table_row("0.5B (Qwen2.5)") == rows["0.5B (Qwen2.5)"]
+    row = memory.table_row("0.5B (Qwen2.5)")
+    assert f"\n{row}\n" in readme
     # the script writes between the markers and leaves the rest
-    monkeypatch.setattr(memory, "table_row", lambda name: rows[name])
-    copy = tmp_path / "README.md"
-    copy.write_text(readme.replace(rows["13B (Llama 2)"], "| stale |"), encoding="utf-8")
-    memory.write_table(str(copy))
-    assert copy.read_text(encoding="utf-8") == readme
+    rows = {name: next(x for x in readme.splitlines() if x.startswith(f"| {name}")) for name in memory.MODELS}
+    monkeypatch.setattr(memory, "table_row", rows.get)
+    assert compare.with_table(readme.replace(row, "| stale |"), "fits", memory.table()) == readme
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -161,22 +145,6 @@ def test_the_forms_of_the_loss_layer_are_the_same_loss():
         assert torch.bincount(2 * pair + chosen).tolist() == [response] * 2 * pairs
 
 
-def test_the_loss_layer_is_shown_beside_its_products_the_naive_form_and_a_long_pair(monkeypatch, capsys):
-    measured = {("products", 64): (2.0, 1.0), ("fused", 64): (3.0, 1.0), ("unfused", 64): (4.0, 8.0),
-                ("fused", 4096): (3.0, 1.5)}
-
-    def apart(measure, form, N, V, d, response=64):
-        assert measure is bench.bench_loss
-        seconds, gib = measured[form, response]
-        return {"seconds": seconds, "tflops": 1.0, "gib": gib}
-    monkeypatch.setattr(bench, "apart", apart)
-    bench.bench_layer()
-    out = capsys.readouterr().out
-    assert "| 4096 | 50257 | 768 | unfused | 4 | 1 | 8 |" in out
-    assert "fused: 1.50 times the seconds of its products, 0.125 of the unfused" in out
-    assert "one long pair takes 1.500 GiB extra, 64 short pairs 1.000, which is 1.50 times as much" in out
-
-
 def test_the_day_on_a_gpu_works_at_toy_sizes_and_continues(tmp_path, monkeypatch, capsys):
     calls = []
 
@@ -189,8 +157,6 @@ def test_the_day_on_a_gpu_works_at_toy_sizes_and_continues(tmp_path, monkeypatch
             code, out = Run("extras/bench.py", *command[3:]).end()
         return types.SimpleNamespace(returncode=code, stdout=out, stderr="")
     monkeypatch.setattr(bench.subprocess, "run", in_fork)
-    # TRL is seldom installed, and takes its time
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
     found = bench.gpu_day(str(tmp_path), toy=True)
     failed = {name: values["failed"] for name, values in found.items() if "failed" in values}
     assert failed == {"products, V 2048": "exit code 1: it failed"}
@@ -235,7 +201,6 @@ def test_each_token_has_its_text_and_its_share():
     spans = show.shaded(texts, values, "logratio")
     page = show.written(spans, show.on_page)
     assert re.sub(r"<.*?>", "", page) == "ö&lt;b&gt;\n€ [logratio 4.10 nats]"
-    assert [float(x) for x in re.findall(r'title="(\S+) nats"', page)] == [4, 0, 2, 1, 0.1, -3]
     colors = [[int(x) for x in color] for color in re.findall(r"rgb\((\d+),(\d+),(\d+)\)", page)]
     assert colors[1] == [255, 255, 255] == colors[4] and colors[5][2] > colors[5][0] and colors[0][0] > colors[0][2]
     # 4 of 10.1 are one shade darker than 2 are, which are darker than 1
@@ -285,17 +250,17 @@ def test_show_and_judge_leave_no_output_when_their_input_is_bad(models):
 def test_answers_have_the_form_that_judges_read(models):
     questions = [dict(question_id=n, category="x", turns=["the plot", "the music"][:n]) for n in (1, 2)]
     write_lines("question.jsonl", [*questions, dict(question_id=3, turns=["the " * 200, "the music"])])
-    write_lines("list.json", [json.dumps([dict(instruction="the plot"), dict(instruction="the music")])])
+    write_lines("instructions.jsonl", [dict(instruction="the plot"), dict(instruction="the music")])
     ask = ["extras/judge.py", "--model=chat", "--max_new_tokens=20"]
     bench = [*ask, "--format=mt_bench", "--out=answers/tiny.jsonl"]
     out = says(0, "wrote 3 answers", *bench, "--prompts=question.jsonl")
     assert "question 3 is too long in turn 1: its answer is empty" in out
-    says(1, "row 1 is not a JSON object with question_id and turns", *bench, "--prompts=list.json")
+    says(2, "line 1 is not a JSON object with question_id and turns", *bench, "--prompts=instructions.jsonl")
     for found, turns in zip(lines_of("answers/tiny.jsonl"), (1, 2, 2), strict=True):
         replies = found["choices"][0]["turns"]
         assert found["model_id"] == "tiny" and len(replies) == turns
         assert (replies[0] == "") == (found["question_id"] == 3)
-    says(0, "wrote 2 answers", *ask, "--format=alpaca_eval", "--prompts=list.json", "--out=tiny.json")
+    says(0, "wrote 2 answers", *ask, "--format=alpaca_eval", "--prompts=instructions.jsonl", "--out=tiny.json")
     found = json.load(open("tiny.json"))
     assert [(x["generator"], x["instruction"]) for x in found] == [("tiny", "the plot"), ("tiny", "the music")]
     assert all(answer["output"] for answer in found)
@@ -375,19 +340,17 @@ def test_the_loops_of_the_results_run_again_what_has_not_finished(tmp_path, monk
             assert done.returncode == 0 and not done.stderr, done.stderr
         passes.append([line.split() for line in open("calls") if "train.py" in line])
         os.remove("calls")
-    runs = [(call[0], train.configure(call[1:])) for call in passes[0]]
-    assert len(runs) == 8 * (11 + 3) + 3 * (1 + 6) + (1 + 4)
-
-    # the plan of RESULTS.md
-    planned = {(s, m, b, a) for s in range(1, 9) for m, b, a in [
-        *(("dpo", b, 0.5) for b in (0.03, 0.1, 0.3, 1, 3)), ("tdpo1", 0.1, 0.5),
-        *(("tdpo2", 0.1, a) for a in (0.25, 0.5, 1, 2, 5))]}
-    found = [run for program, run in runs if run["data"] == "reviews" and program == "train.py"]
-    assert {tuple(run[x] for x in ("seed", "method", "beta", "alpha")) for run in found} == planned
-    found = [run for _, run in runs if run["data"] == "imdb" and run["method"] != "sft"]
-    assert {tuple(run[x] for x in ("seed", "method", "beta", "alpha", "max_steps")) for run in found} == {
-        (s, *x) for s in (1, 2, 3) for x in [("dpo", 0.1, 0.5, 30), ("dpo", 0.3, 0.5, 40), ("dpo", 1, 0.5, 40),
-                                             ("tdpo1", 0.1, 0.5, 30), ("tdpo2", 0.1, 0.5, 40), ("tdpo2", 0.1, 1, 40)]}
+    assert len(passes[0]) == 8 * (11 + 3) + 3 * (1 + 6) + (1 + 4)
+    # each name says what the run is
+    for program, *options in passes[0]:
+        run = train.configure(options)
+        seed, method, alpha, beta = re.fullmatch(r"out/\w+/(\d?)-?(\w+)(?:-alpha=(.+?))?(?:-beta=(.+))?",
+                                                 run["out_dir"]).groups("")
+        assert run["seed"] == int(seed or 1) and (not beta or run["beta"] == float(beta))
+        if program == "train.py":
+            assert (run["method"], run["alpha"]) == (method, float(alpha or 0.5))
+        else:
+            assert program == f"out/edited/{method}/train.py"
     # a second start continues or repeats the runs that failed, and no others
     tdpo1 = [x for x in passes[0] if x[1].endswith("tdpo1")]
     again = [[*x[:2], "--resume=True"] if "imdb" in x[1] else x for x in tdpo1]
@@ -401,3 +364,168 @@ def test_the_loops_of_the_results_run_again_what_has_not_finished(tmp_path, monk
 
 # ---------------------------------------------------------------------------------------------------------------------
 # compare.py
+
+REWARDS = {0: 0.0, 4: 0.2, 8: 0.5}          # the mean at each evaluation of the run that `write_run` makes
+
+
+def write_run(folder, seed=1, rewards=REWARDS, edit=("", ""), **options):
+    """A directory as train.py writes it: 20 steps, three evaluations with the samples of 24 prefixes."""
+    os.makedirs(f"{folder}/evals")
+    options = {"seed": seed, "data": "reviews", "method": "tdpo2", "alpha": 0.5, "beta": 0.1, "out_dir": str(folder),
+               "init_from": f"reviews-sft-{seed}", "ref_from": "", "reward": "exact", "texts": "", **options}
+    with open(f"{folder}/options.json", "w") as f:
+        json.dump(options, f)
+    with open(f"{compare.PROJECT}/tdpo.py", encoding="utf-8") as f:
+        objective = f.read()
+    assert edit[0] in objective
+    with open(f"{folder}/tdpo.py", "w", encoding="utf-8") as f:
+        f.write(objective.replace(*edit))
+    noise = np.random.default_rng(seed).normal(size=24)
+    records = [{"step": n, "kl_w": 0.1 * n, "kl_l": 0.2 * n, "kl_gap": 0.1 * n, "loss": 0.6} for n in range(1, 21)]
+    for step, mean in rewards.items():
+        samples = []
+        for n in range(24):
+            samples.append({"prompt": f"prefix {seed} {n}", "tokens": [n], "reward": mean + noise[n] / 10,
+                            "rkl": step * (1 + n / 100)})
+        with open(f"{folder}/evals/{step}.jsonl", "w") as f:
+            f.writelines(json.dumps(sample) + "\n" for sample in samples)
+        record = {"step": step, "eval_n": 24}
+        for name, values in (("reward", [x["reward"] for x in samples]), ("sample_rkl", [x["rkl"] for x in samples]),
+                             ("sample_kl", [step / 2] * 24), ("entropy", [0.9] * 24)):
+            record["eval_" + name] = np.mean(values)
+            record[f"eval_{name}_se"] = np.std(values, ddof=1) / 24**0.5
+        records.append(record)
+    with open(f"{folder}/log.jsonl", "w") as f:
+        f.writelines(json.dumps(record) + "\n" for record in records)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def seeds_of(out):
+    """{label: how many seeds it has} of the first table."""
+    return {label: int(seeds) for label, seeds in re.findall(r"^\| ([^|]+?) \|.* (\d+) × 24 \|$", out, re.M)}
+
+
+def compared(*args, code=0, message=""):
+    return says(code, message, "extras/compare.py", *args)
+
+
+def test_rewards_at_a_kl_are_compared_seed_by_seed_and_prefix_by_prefix():
+    """Against draws that are made one by one, when the prefixes differ far more than the methods do."""
+    rng, runs = np.random.default_rng(1), {}
+    for label, gain in (("dpo", 0.0), ("tdpo2", 0.1)):
+        runs[label] = []
+        for seed in range(6):
+            evals, own = [], np.random.default_rng(seed).normal(size=40)
+            for step in range(4):
+                rewards = own + (0.2 + gain) * step + rng.normal(size=40) * 0.02
+                evals.append(dict(step=step, rewards=list(rewards), rkls=[float(step)] * 40))
+            runs[label].append(dict(label=label, pair=f"prefixes {seed}", n=40, evals=evals))
+    others = {run["pair"]: run for run in runs["dpo"]}
+    (((mean, low, high, t), seeds),) = compare.compare(runs["tdpo2"], others, [1.5])
+    means = [[np.mean([e["rewards"] for e in run["evals"][1:3]]) for run in group] for group in runs.values()]
+    gains = np.subtract(means[1], means[0])
+    assert mean == approx(np.mean(gains)) and seeds == 6
+    # by hand: seeds, then prefixes
+    drawn = []
+    for _ in range(2000):
+        found = []
+        for seed in rng.integers(6, size=6):
+            prefixes = rng.integers(40, size=40)
+            at = [np.mean([np.array(e["rewards"])[prefixes] for e in runs[x][seed]["evals"][1:3]]) for x in runs]
+            found.append(at[1] - at[0])
+        drawn.append(np.mean(found))
+    assert [low, high] == approx(np.percentile(drawn, (2.5, 97.5)), abs=5e-4) and 0 < low < 0.15 < high < 0.16
+    assert t == approx(2.571 * np.std(gains, ddof=1) / 6**0.5)
+    # by themselves, seeds and prefixes count
+    (((_, low, high, _), _),) = compare.compare(runs["dpo"], None, [1.5])
+    assert high - low > 0.15
+    # a KL that one run does not reach, one that none does, and other prefixes
+    runs["tdpo2"][0]["evals"].pop()
+    assert compare.compared(runs["tdpo2"], others, [2.5, 9]) == ["– (5 of 6)", "–"]
+    runs["tdpo2"][1]["pair"], runs["tdpo2"][2]["pair"] = "prefixes of a different run", None
+    lines = compare.differences(runs["tdpo2"] + runs["dpo"], [1.5], "dpo")
+    assert lines[2:] == ["| tdpo2 | – (4 of 6 began alike) |"]
+
+
+def test_a_level_counts_if_most_draws_reach_it_and_where_they_do_so_first():
+    evals = [dict(rewards=[0.0] * 40, rkls=[0.0] * 40), dict(rewards=[1.0] * 40, rkls=[0.0, 2.0] * 20)]
+    hair, reached = compare.compared([dict(pair="x", n=40, evals=evals)], None, [0.999, 0.2])
+    assert hair == "–" and reached.startswith("+0.200 [")
+    kls, rewards = np.array([[0.0, 2, 1, 3], [0, 0.5, 0.6, 0.7]]), np.array([[0.0, 1, 5, 7], [0, 1, 2, 3]])
+    assert compare.reward_at(kls, rewards, 1.5) == approx([0.75, math.nan], nan_ok=True)
+    assert compare.reward_at(kls, rewards, 2.5)[0] == approx(6.5)
+
+
+def test_what_is_written_makes_the_same_tables(folder):
+    write_run("a")
+    levels = ["--at_kl", "2", "100"]
+    out = compared("--runs=a", *levels, "--out=first")
+    (result,) = json.load(open("first.json"))
+    # the line from KL 0 to KL 4 * 1.115 crosses 2, and no run reaches 100
+    first, second, last = [e["reward"] for e in result["evals"]]
+    at_2 = first + (second - first) * 2 / (4 * 1.115)
+    assert re.search(rf"^\| tdpo2 α=0.5 \| {last:.3f} ± .* \| \+{at_2:.3f} \[.*\] \| – \| 1 × 24 \|$", out, re.M)
+    assert seeds_of(out) == {"reference": 1, "tdpo2 α=0.5": 1}
+    assert result["curves"] == [{"step": 10, "kl_w": 0.55, "kl_l": 1.1, "kl_gap": 0.55},
+                                {"step": 20, "kl_w": 1.55, "kl_l": 3.1, "kl_gap": 1.55}]
+    with gzip.open("second.json.gz", "wb") as f:
+        f.write(open("first.json", "rb").read())
+    again = compared("--runs=second.json.gz", *levels, "--out=again")
+    assert re.findall(r"^\|.*", out, re.M) == re.findall(r"^\|.*", again, re.M)
+    # bad input says what is wrong
+    write_run("sft", method="sft")
+    open("broken.json.gz", "wb").write(open("second.json.gz", "rb").read()[:-20])
+    for sources, message in (("sft", "sft has no reward: it trained sft on reviews"),
+                             ("nowhere", "nowhere holds no run"), ("broken.json.gz", "broken.json.gz holds no run")):
+        compared(f"--runs=a,{sources}", "--out=bad", code=2, message=message)
+    compared("--runs=a", "--against=dpo", "--out=bad", code=2, message="the runs are called tdpo2 α=0.5")
+
+
+def test_runs_that_differ_only_in_their_seed_share_a_line(folder):
+    write_run("tdpo2")
+    write_run("others/1-x", rewards={0: 0.0, 4: 0.3, 8: 0.4})
+    # the same run once more is no second seed
+    assert seeds_of(compared("--runs=tdpo2,others/1-x,tdpo2")) == {"reference": 1, "tdpo2 α=0.5": 1, "x": 1}
+    # an edited objective has the name of the directory, which its seeds share if they differ in nothing else
+    edit = "loss = -F.logsigmoid(m)", "loss = torch.relu(1 - m)"
+    for name, seed, rate in (("1-more", 1, 1e-4), ("2-more", 2, 1e-4), ("3-more", 3, 2e-4), ("4-more", 1, 1e-4)):
+        write_run(name, seed, edit=edit, learning_rate=rate)
+    out = compared("--runs=tdpo2,?-more", "--at_kl", "2", "--against", "tdpo2 α=0.5")
+    assert seeds_of(out) == {"reference": 3, "tdpo2 α=0.5": 1, "more": 2, "3-more": 1, "4-more": 1}
+    assert "| more | tdpo2 α=0.5 | – (1 of 2 began alike) |" in out
+    assert "| 4-more | tdpo2 α=0.5 | +0.000 [+0.000, +0.000] |" in out
+    # a different comment makes no different objective
+    write_run("commented", edit=("\nimport torch", "\n# a comment\nimport torch"))
+    assert seeds_of(compared("--runs=commented")) == {"reference": 1, "tdpo2 α=0.5": 1}
+    out = compared("--runs=?-more,tdpo2", "--only", "tdpo2 α=0.5", "3-more", "--out=some")
+    assert list(seeds_of(out)) == ["reference", "3-more", "tdpo2 α=0.5"]
+
+
+def test_runs_join_what_was_written_before(folder):
+    """A different seed joins its line; the same seed and runs with other options do not."""
+    write_run("tdpo2")
+    compared("--runs=tdpo2", "--out=first")
+    for name, seed, options, expected in (
+        ("others/tdpo2", 1, {}, {"reference": 1, "tdpo2 α=0.5": 1, "tdpo2": 1}),
+        ("others/5-a", 5, {}, {"reference": 2, "tdpo2 α=0.5": 2}),
+        ("others/6-b", 6, dict(learning_rate=1.0), {"reference": 2, "tdpo2 α=0.5": 1, "b": 1}),
+    ):
+        write_run(name, seed, **options)
+        assert seeds_of(compared(f"--runs={name},first.json", "--out=again")) == expected
+    # nor does a run that is given twice, or that was written elsewhere
+    os.link("first.json", "same.json")
+    compared("--runs=others/tdpo2", "--out=moved")
+    found = seeds_of(compared("--runs=first.json,same.json,moved.json", "--out=again"))
+    assert found == {"reference": 1, "tdpo2 α=0.5": 1, "tdpo2 α=0.5 of moved.json": 1}
+
+
+def test_the_tables_of_the_results_are_those_of_the_data():
+    texts = [text_of("README.md"), text_of("assets/RESULTS.md")]
+    assert all("".join(texts).count(f"<!-- table {name} -->\n|") == 1 for name in compare.TABLES)
+    # a number that somebody has changed in each table is changed back
+    edited = [re.sub(r"(<!-- table (?:reviews|imdb).*?\d)\.\d", r"\1.x", text, flags=re.S) for text in texts]
+    assert sum(text.count(".x") for text in edited) == len(compare.TABLES) and compare.with_tables(edited) == texts
