@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast,
                           pipeline)
 
-from sample import (DEVICES, encode_prompt, generate, load_model, load_reference, measure, parse, ratio_mean,
+from sample import (DEVICES, encode_prompt, generate, load_model, load_reference, measure, parse, printable, ratio_mean,
                     response_stats, response_text, writable)
 
 TASKS = ("reviews", "imdb")
@@ -190,7 +190,7 @@ def load_reward(name, device="cpu"):
     longest = min(512, getattr(model.config, "max_position_embeddings", None) or 512)
     wanted = model.config.id2label[positive[0]]
 
-    def reward(texts):
+    def score(texts):
         # made for each call, because on a GPU it warns when it is called more than ten times
         judge = pipeline("text-classification", model=model, tokenizer=tokenizer, device=model.device, batch_size=64,
                          top_k=None, function_to_apply="softmax", truncation=True, max_length=longest)
@@ -198,17 +198,17 @@ def load_reward(name, device="cpu"):
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
             found = judge([texts[i] for i in order])
-        scores = [0.0] * len(texts)
+        rewards = [0.0] * len(texts)
         for i, labelled in zip(order, found):
-            (scores[i],) = [x["score"] for x in labelled if x["label"] == wanted]
-        return scores
+            (rewards[i],) = [x["score"] for x in labelled if x["label"] == wanted]
+        return rewards
 
     # what is wrong with it is found before hours of sampling
     try:
-        reward(["good", "good " * 600])
+        score(["good", "good " * 600])
     except Exception as error:
         sys.exit(f"error: the reward model {name} cannot score texts: {type(error).__name__}: {error}")
-    return reward
+    return score
 
 
 def complete(model, tokenizer, prefixes, max_new_tokens, num_samples, seed):
@@ -289,7 +289,7 @@ def build_pairs(model, tokenizer, prefixes, score, *, folder, name, reward, comp
 SCORES = ("reward", "sample_rkl", "sample_kl", "entropy")
 
 
-def score_policy(model, ref, tokenizer, prefixes, reward, max_new_tokens, seed=0):
+def score_policy(model, ref, tokenizer, prefixes, score, max_new_tokens, seed=0):
     """One sample for each test prefix: ({reward, sample_kl, sample_rkl, entropy, their standard errors (name_se), n},
     the samples, a dict each)."""
     # one completion a prefix, so the samples are independent
@@ -297,7 +297,7 @@ def score_policy(model, ref, tokenizer, prefixes, reward, max_new_tokens, seed=0
     prompts = [prompt for _, prompt, _, _ in samples]
     responses = [response for _, _, response, _ in samples]
     stats = response_stats(measure(model, ref, prompts, responses))
-    rewards = reward([prefixes[i] + text for i, _, _, text in samples])
+    rewards = score([prefixes[i] + text for i, _, _, text in samples])
 
     # entropy is a mean over tokens, the others over responses
     lengths = np.array([len(response) for response in responses])
@@ -330,13 +330,13 @@ def show_answers(models, tokenizer, prompts, max_new_tokens, seed, score=None):
         shown = text.strip()
         if len(shown) > 300:
             shown = "..." + shown[-300:]
-        print("\n" + shown)
+        print("\n" + printable(shown))
         for name in models:
             answer = response_text(tokenizer, prompt, drawn[name][i][0])
             reward = ""
             if score is not None:
                 reward = f" {score([text + answer])[0]:+.2f}"
-            print(f"  {name:9}{reward} |{answer}")
+            print(f"  {name:9}{reward} |{printable(answer)}")
 
 
 def read_log(folder, step=float("inf")):
@@ -443,18 +443,18 @@ if __name__ == "__main__":
         if run["data"] not in TASKS or run["method"] == "sft":
             parser.error(f"--score takes prefixes, reward and reference from the first of --runs, but {first} has none")
         policies = {path: load_model(path, args.device) for path in scored}
-        reward = load_reward(args.reward or run["reward"], args.device)
+        score = load_reward(args.reward or run["reward"], args.device)
         texts = load_texts(run["data"], run["texts"])
     for path in scored:
         model, tokenizer = policies[path]
         ref = load_reference(run["ref_from"] or run["init_from"], model, tokenizer)
         count = args.eval_prefixes or run["eval_prefixes"]
         prefixes = task_prefixes(texts, tokenizer, run["seed"], 0, count)["test"]
-        scores, _ = score_policy(model, ref, tokenizer, prefixes, reward, run["max_new_tokens"], args.seed)
+        scores, _ = score_policy(model, ref, tokenizer, prefixes, score, run["max_new_tokens"], args.seed)
         last[path + " (scored)"] = {"eval_" + name: value for name, value in scores.items()}
         logs[path + " (scored)"] = [last[path + " (scored)"]]
         prompts = [encode_prompt(tokenizer, prefix) for prefix in prefixes[:3]]
-        show_answers({"reference": ref, "policy": model}, tokenizer, prompts, run["max_new_tokens"], args.seed, reward)
+        show_answers({"reference": ref, "policy": model}, tokenizer, prompts, run["max_new_tokens"], args.seed, score)
 
     # a line for each, then the figure
     columns = (*SCORES, "loss", "acc")

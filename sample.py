@@ -58,8 +58,8 @@ def parse(parser, argv=None):
 def writable(parser, path, option="--out"):
     """The path, if a file can be written there, so that an error comes before the work. Creates nothing."""
     target = os.path.realpath(path)
+    # up to a folder that exists; `create` makes the others
     folder = os.path.dirname(target)
-    # `create` makes the folders that are missing
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
     try:
@@ -284,6 +284,16 @@ def response_text(tokenizer, prompt, response):
     return tokenizer.decode(prompt + response, skip_special_tokens=True)[len(start):]
 
 
+def printable(text):
+    """The text as a terminal can show it: nothing that a model writes moves the cursor, or is no character."""
+    shown = ""
+    for c in text:
+        if c != "\n" and (c == "\ufffd" or not c.isprintable()):
+            c = c.encode("unicode_escape").decode()
+        shown += c
+    return shown
+
+
 @torch.no_grad()
 def generate(model, tokenizer, prompts, max_new_tokens, num_samples=1, temperature=1.0, top_p=1.0, seed=0):
     """num_samples responses to each prompt (a list of token ids): lists of token ids, with EOS if it was drawn.
@@ -325,6 +335,9 @@ def generate(model, tokenizer, prompts, max_new_tokens, num_samples=1, temperatu
             # a batch of prompts, padded on the left
             width = len(prompts[order[-1]])
             count = max(1, min(512, 2**15 // (width + max_new_tokens)))
+            # the longest prompt bounds the responses of its batch, which must not depend on their neighbours
+            if width + max_new_tokens > positions:
+                count = min(count, sum(len(prompts[i]) == width for i in order))
             batch, order = order[-count:], order[:-count]
             ids = [torch.tensor(prompts[i]) for i in batch]
             mask = [torch.ones_like(x) for x in ids]
@@ -387,7 +400,7 @@ def measure(model, ref, prompts, responses):
             ref_logits = logits
             if ref is not None:
                 ref_logits = ref(ids, use_cache=False).logits[:, :-1, :vocabulary][response]
-            # train.py forbids compiling while it samples, but here compiling saves most of the time
+            # compiled even if the caller forbids it for sampling, because here it saves most of the time
             with torch.compiler.set_stance("default"):
                 columns = elementwise(token_measures, logits, ref_logits, labels[:, 1:][response])
 
@@ -437,7 +450,7 @@ def sampling_options(parser):
     parser.add_argument("--model", required=True, help="checkpoint directory or hub id")
     parser.add_argument("--ref", default="", help="reference; by default the one that --model was trained against")
     parser.add_argument("--prompts", default="", help=".jsonl or .txt; by default those that the run held out")
-    parser.add_argument("--prompt", default="", help="one prompt")
+    parser.add_argument("--prompt", help="one prompt")
     parser.add_argument("--chat", action="store_true", help="render prompts that are text with the chat template, too")
     parser.add_argument("--num_prompts", type=int, default=8, help="at most this many prompts, 0 for all (%(default)s)")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens of a response at most (%(default)s)")
@@ -446,9 +459,9 @@ def sampling_options(parser):
     parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same responses (%(default)s)")
     parser.add_argument("--device", default=DEVICES[0], choices=DEVICES, help="where to sample (%(default)s)")
     args = parse(parser)
-    own = args.prompt or args.prompts
+    own = args.prompt is not None or args.prompts
     for fails, message in (
-        (args.prompt and args.prompts, "--prompt and --prompts exclude each other"),
+        (args.prompt is not None and args.prompts, "--prompt and --prompts exclude each other"),
         (args.chat and not own, "--chat needs --prompt or --prompts: a run has rendered its own prompts already"),
         (not own and not os.path.exists(os.path.join(args.model, "prompts.jsonl")),
          f"{args.model} is not a run that held out prompts: give --prompt or --prompts"),
@@ -464,14 +477,14 @@ def sampling_options(parser):
 
 def set_up(args):
     """(model, tokenizer, reference or None, texts of the prompts) that the options name."""
-    if args.prompt:
+    if args.prompt is not None:
         rows = [("the prompt", {"prompt": args.prompt})]
     else:
         rows = read_prompts(args.prompts or os.path.join(args.model, "prompts.jsonl"))
     rows = rows[:args.num_prompts or None]
     model, tokenizer = load_model(args.model, args.device)
     texts = [prompt_text(tokenizer, place, row, args.chat) for place, row in rows]
-    if tokenizer.chat_template and not args.chat and (args.prompt or args.prompts):
+    if tokenizer.chat_template and args.prompt and not args.chat:
         print("note: prompts that are text are used as they are; --chat renders them with the model's chat template")
 
     ref = None
@@ -518,7 +531,7 @@ if __name__ == "__main__":
             text = response_text(tokenizer, prompts[i], responses[n])
             numbers = {key: float(values[n]) for key, values in stats.items()}
             rows.append(dict(prompt=texts[i], model=name, response=text, tokens=len(responses[n]), **numbers))
-            shown[i].append(f"  {name:9} |{text}")
+            shown[i].append(f"  {name:9} |{printable(text)}")
 
         # a line for each model: means over tokens, or over responses
         lengths = np.array([len(response) for response in responses])

@@ -37,8 +37,8 @@ def token_stats(pi_logits, ref_logits, labels):
 
 
 def _kl(logq, logp):
-    """KL(q || p) over the last axis as the sum of q (e^d - 1 - d), d = log p - log q, which equals that of -q d because
-    p and q both sum to 1. No term is negative, so first-order terms, far larger than a small KL, do not cancel."""
+    """KL(q || p) over the last axis, the sum of -q d with d = log p - log q. As p and q both sum to 1, that equals the
+    sum of q (e^d - 1 - d), whose terms are never negative, so that nothing has to cancel in fp32."""
     q, p = logq.exp(), logp.exp()
     d = torch.where(q > 0, logp - logq, 0)      # if q is 0, the term is p
     small = (q > 0) & (d.abs() < 1)
@@ -125,7 +125,7 @@ def fused_tdpo_loss(hidden, weight, ref_hidden, ref_weight, labels, pair, chosen
     low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     wide = torch.promote_types(low, torch.float32)
     dtype = low if device == "cuda" else wide
-    fast = "bf16" if device == "cpu" and low != wide else None
+    precision = torch.backends.mkldnn.flags(None, None, None, "bf16" if device == "cpu" and low != wide else None)
     budget = max(1, (CHUNK_BYTES if device == "cuda" else CHUNK_BYTES // 4) // (4 * len(weight)))      # in tokens
     train = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
 
@@ -135,7 +135,7 @@ def fused_tdpo_loss(hidden, weight, ref_hidden, ref_weight, labels, pair, chosen
         with torch.set_grad_enabled(graph):
             return elementwise(token_stats, logits, ref_logits, labels[rows]), logits if graph else None
 
-    with torch.no_grad(), torch.autocast(device, enabled=False), torch.backends.mkldnn.flags(None, None, None, fast):
+    with torch.no_grad(), torch.autocast(device, enabled=False), precision:
         layer, ref_layer, low_layer = weight.to(dtype), ref_weight.to(dtype), weight.to(low)
         d_hidden = torch.zeros_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=wide) if train and weight.requires_grad else None
@@ -150,9 +150,9 @@ def fused_tdpo_loss(hidden, weight, ref_hidden, ref_weight, labels, pair, chosen
             # tokens enter the loss only through their statistics, which are the leaves of a small graph of its own
             columns = [torch.cat(column) for column in zip(*[tokens for tokens, _ in parts])]
             leaves = TokenStats(*[x.detach().requires_grad_(train) for x in columns])
-            among = (sequence[begin:end] - 2 * first).to(hidden.device, non_blocking=True)
+            local = (sequence[begin:end] - 2 * first).to(hidden.device, non_blocking=True)
             with torch.set_grad_enabled(train):
-                losses, stats = _pair_losses(leaves, labels[begin:end], among, 2 * (last - first),
+                losses, stats = _pair_losses(leaves, labels[begin:end], local, 2 * (last - first),
                                              slice(1, None, 2), slice(0, None, 2), method, knobs)
             found.append(stats)
 
@@ -160,11 +160,11 @@ def fused_tdpo_loss(hidden, weight, ref_hidden, ref_weight, labels, pair, chosen
             if train:
                 slopes = torch.autograd.grad(losses, leaves, torch.full_like(losses, 1 / len(ends)), allow_unused=True)
                 for rows in pieces:
-                    tokens, logits = parts.pop(0)
+                    tokens, logits = parts.pop(0)       # nothing else holds on to them
                     if logits is None:
                         tokens, logits = statistics(rows, graph=True)
-                    here = slice(rows.start - begin, rows.stop - begin)
-                    outputs, weights = zip(*[(x, y[here]) for x, y in zip(tokens, slopes) if y is not None])
+                    piece = slice(rows.start - begin, rows.stop - begin)
+                    outputs, weights = zip(*[(x, y[piece]) for x, y in zip(tokens, slopes) if y is not None])
                     d_logits = torch.autograd.grad(outputs, logits, weights)[0].to(low)
                     del logits, tokens, outputs     # make room for the products
                     d_hidden[rows] = d_logits @ low_layer

@@ -202,31 +202,31 @@ def configure(argv):
                             help=f"{comment} [{defaults[name]}]".replace("%", "%%"))
     given = vars(parse(parser, argv))
 
-    # the presets of the task, or the options of the run that is resumed
+    # instead of the defaults: the presets of the task, or the options of the run that is resumed
     c = argparse.Namespace(**{**defaults, **given})
     folder = os.path.normpath(c.out_dir or default_out_dir(c.data, c.method))
-    preset = dict(PRESETS.get(c.data, {}))
+    base = dict(PRESETS.get(c.data, {}))
     if c.method == "sft":
-        preset.update(PRESETS.get(c.data + " sft", {}))
+        base.update(PRESETS.get(c.data + " sft", {}))
     # adapters want about ten times the rate (Schulman et al., LoRA Without Regret, 2025)
     if c.lora_rank:
-        preset["learning_rate"] = 10 * preset.get("learning_rate", c.learning_rate)
+        base["learning_rate"] = 10 * base.get("learning_rate", c.learning_rate)
     changed = []
     if c.resume:
         try:
             with open(os.path.join(folder, "options.json"), encoding="utf-8") as f:
-                preset = json.load(f)
+                base = json.load(f)
             os.stat(os.path.join(folder, "state.pt"))
-            for name in preset.keys() | defaults.keys():
-                if type(preset.get(name)) is not type(defaults.get(name)):
+            for name in base.keys() | defaults.keys():
+                if type(base.get(name)) is not type(defaults.get(name)):
                     raise ValueError("its options.json was written by a different version of train.py")
         except (OSError, ValueError, AttributeError) as error:
             parser.error(f"--resume=True: the run in {folder} cannot be continued: {error}")
-        preset.update(resume=True, overwrite=False)
-        changed = [name for name in given if name not in CHANGEABLE and given[name] != preset[name]]
-    c = argparse.Namespace(**{**defaults, **preset, **given, "out_dir": folder})
+        base.update(resume=True, overwrite=False)
+        changed = [name for name in given if name not in CHANGEABLE and given[name] != base[name]]
+    c = argparse.Namespace(**{**defaults, **base, **given, "out_dir": folder})
 
-    # options that would be ignored
+    # options that would be ignored: whether this run reads them
     task, sft = c.data in eval_imdb.TASKS, c.method == "sft"
     users = {
         "alpha": c.method == "tdpo2",
@@ -275,7 +275,7 @@ def configure(argv):
 
 # a pair, or a text of SFT: the row that it comes from, its prompt as text (None if the whole text is learned), and
 # three lists of token ids, of which rejected is empty for SFT
-Example = collections.namedtuple("Example", "where text prompt chosen rejected")
+Example = collections.namedtuple("Example", "where prompt_text prompt chosen rejected")
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -292,8 +292,8 @@ def read_rows(source, split="", config="", default="train"):
     rows = []
     try:
         saved = os.path.exists(os.path.join(path, "state.json"))
-        if split and (saved or kind in KINDS):
-            raise ValueError("it has no splits: leave out --data_split and --eval_split, and name the files instead")
+        if (split or config) and (saved or kind in KINDS):
+            raise ValueError("it has no splits: leave out --data_split, --eval_split and --data_config, and name files")
         # the import of datasets takes seconds, and text files do not need it
         if kind not in KINDS or kind == ".parquet":
             from datasets import load_dataset, load_from_disk
@@ -380,64 +380,8 @@ AS_TEXT = r"""\s*\[?\s*\{(?=[^}]*['"](role|from)['"]\s*:)(?=[^}]*['"](content|va
 ASSISTANT = "\n\nAssistant:"
 
 
-def render(row, tokenizer):
-    """A row as text: (prompt, texts, shortened).
-
-    texts: the chosen and the rejected response, or the one that SFT learns, each with the prompt in front of it.
-    prompt: None if SFT learns the whole text. shortened: whether the prompt ends before the chat template's generation
-    prompt does. ValueError: what is wrong with the row.
-    """
-    if isinstance(row, ValueError):
-        raise row
-    if not isinstance(row, dict):
-        raise ValueError("is not a JSON object")
-
-    # the columns that are read, {name: text or messages}, the prompt first
-    row = without_nulls(row)
-    names = ["chosen", "rejected"]
-    if method == "sft":
-        names = [name for name in ("chosen", "completion", "messages", "text") if name in row][:1] or ["chosen"]
-    columns = {name: row.get(name) for name in ("prompt", *names)}
-
-    # refuse what would be lost, or is not meant
-    for name in UNREAD:
-        if row.get(name) and row[name] not in columns.values():
-            raise ValueError(f"has {name!r}, which is not read: write it into prompt, system or messages of role and "
-                             "content, or remove the column")
-    for name, text in columns.items():
-        if isinstance(text, str) and re.match(AS_TEXT, text):
-            raise ValueError(f"has messages written as text in {name!r}: parse the column (json.loads) first")
-    if method == "sft" and row.get("label") is False:
-        raise ValueError("has the label false: its answer is not to be learned")
-    # some tables hold tools as JSON
-    if isinstance(row.get("tools"), str):
-        try:
-            row["tools"] = json.loads(row["tools"])
-        except (ValueError, RecursionError):
-            raise ValueError("has tools that are no JSON")
-
-    for looks_like, render_form in FORMS:
-        if looks_like(columns):
-            return render_form(row, columns, tokenizer)
-
-
-def are_messages(columns):
-    _, *responses = columns.values()
-    return all(isinstance(x, list) for x in responses)
-
-
-def are_transcripts(columns):
-    prompt, *responses = columns.values()
-    return prompt is None and all(isinstance(x, str) and ASSISTANT in x for x in responses)
-
-
-def are_texts(columns):
-    # and everything else, which render_text then refuses
-    return True
-
-
 def render_transcripts(row, columns, tokenizer):
-    """A row of HH's transcripts as text; see `render`. The prompt is everything up to the last answer."""
+    """A row of HH's transcripts as text; see `render` below. The prompt is everything up to the last answer."""
     _, *transcripts = columns.values()
     prompt = transcripts[0][:transcripts[0].rindex(ASSISTANT) + len(ASSISTANT)]
     if not all(x.startswith(prompt) for x in transcripts):
@@ -527,20 +471,12 @@ def render_messages(row, columns, tokenizer):
     # a generation prompt may open a block that finished turns do not have, say <think>: the prompt ends before it
     if all(x.startswith(prompt) for x in texts):
         return prompt, texts, False
-    asked = chat(tokenizer, first[:shared], False, tools)
+    unanswered = chat(tokenizer, first[:shared], False, tools)
     finished = chat(tokenizer, [*first[:shared], {"role": "assistant", "content": "|"}], False, tools)
     begin = os.path.commonprefix([prompt, finished])
-    if not all(x.startswith(begin) for x in texts) or not begin.startswith(asked):
+    if not all(x.startswith(begin) for x in texts) or not begin.startswith(unanswered):
         raise ValueError("has a response that, in the chat template, does not continue the prompt")
     return begin, texts, True
-
-
-# the first form that a row looks like renders it; a new form is one more line, in front of the one for text
-FORMS = [
-    (are_messages, render_messages),
-    (are_transcripts, render_transcripts),
-    (are_texts, render_text),
-]
 
 
 def check_printed(tokenizer, messages, tools, text):
@@ -559,6 +495,66 @@ def check_printed(tokenizer, messages, tools, text):
         raise ValueError("has arguments of a tool call as text, which the template encodes once more: parse them")
 
 
+def are_messages(row, columns):
+    _, *responses = columns.values()
+    return all(isinstance(x, list) for x in responses)
+
+
+def are_transcripts(row, columns):
+    prompt, *responses = columns.values()
+    return prompt is None and all(isinstance(x, str) and ASSISTANT in x for x in responses)
+
+
+# forms of rows: (what such a row looks like, the function that renders it). The first one that fits is taken, and text
+# if none does. A new form is one more line here; it may read columns of its own from the row
+FORMS = [
+    (are_messages, render_messages),
+    (are_transcripts, render_transcripts),
+]
+
+
+def render(row, tokenizer):
+    """A row as text: (prompt, texts, shortened).
+
+    texts: the chosen and the rejected response, or the one that SFT learns, each with the prompt in front of it.
+    prompt: None if SFT learns the whole text. shortened: whether the prompt ends before the chat template's generation
+    prompt does. ValueError: what is wrong with the row.
+    """
+    if isinstance(row, ValueError):
+        raise row
+    if not isinstance(row, dict):
+        raise ValueError("is not a JSON object")
+
+    # the columns that are read, {name: text or messages}, the prompt first
+    row = without_nulls(row)
+    names = ["chosen", "rejected"]
+    if method == "sft":
+        names = [name for name in ("chosen", "completion", "messages", "text") if name in row][:1] or ["chosen"]
+    columns = {name: row.get(name) for name in ("prompt", *names)}
+
+    # refuse what would be lost, or is not meant
+    for name in UNREAD:
+        if row.get(name) and row[name] not in columns.values():
+            raise ValueError(f"has {name!r}, which is not read: write it into prompt, system or messages of role and "
+                             "content, or remove the column")
+    for name, text in columns.items():
+        if isinstance(text, str) and re.match(AS_TEXT, text):
+            raise ValueError(f"has messages written as text in {name!r}: parse the column (json.loads) first")
+    if method == "sft" and row.get("label") is False:
+        raise ValueError("has the label false: its answer is not to be learned")
+    # some tables hold tools as JSON
+    if isinstance(row.get("tools"), str):
+        try:
+            row["tools"] = json.loads(row["tools"])
+        except (ValueError, RecursionError):
+            raise ValueError("has tools that are no JSON")
+
+    for looks_like, render_form in FORMS:
+        if looks_like(row, columns):
+            return render_form(row, columns, tokenizer)
+    return render_text(row, columns, tokenizer)
+
+
 def encode(where, prompt, texts, tokenizer, stops):
     """The Example of the prompt and texts that `render` returns. Prompt and response are tokenized together, as the
     model would write them, and every response ends in exactly one EOS."""
@@ -572,8 +568,8 @@ def encode(where, prompt, texts, tokenizer, stops):
     shared = len(os.path.commonprefix([ids, *joint]))
     responses = [x[shared:] for x in joint]
     if prompt is not None and (shared < len(ids) or min(map(len, responses)) == 0):
-        # a token lies across the border: tokenize the response by itself, if possible after the end of a line, where no
-        # tokenizer puts a space in front
+        # a token lies across a border: tokenize all responses by themselves, if possible after the end of a line, where
+        # no tokenizer puts a space in front
         line = tokenizer("\n", add_special_tokens=False)["input_ids"]
         for n, text in enumerate(texts):
             text = text[len(prompt):]
@@ -583,7 +579,8 @@ def encode(where, prompt, texts, tokenizer, stops):
             else:
                 responses[n] = tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    # a text or a template may end in EOS, perhaps in several, and in space after it
+    # a text or a template may end in EOS, perhaps in several, and in space after it: keep the first EOS after the last
+    # real token, or add one
     for n, response in enumerate(responses):
         end = len(response)
         while end and (response[end - 1] in stops or not tokenizer.decode(response[end - 1]).strip()):
@@ -628,8 +625,8 @@ def make_examples(rows, source, model, tokenizer):
     for where, row in tqdm(rows, desc="reading", leave=False, disable=None):
         try:
             prompt, texts, shortened = render(row, tokenizer)
-            if any("\ud800" <= c <= "\udfff" for text in texts for c in text):
-                raise ValueError("has half a surrogate pair, which is no text")
+            # this is a ValueError if a text has half a surrogate pair
+            "".join(texts).encode()
             whole = encode(where, prompt, texts, tokenizer, stops)
             highest = max([*whole.prompt, *whole.chosen, *whole.rejected])
             if highest >= known:
@@ -664,7 +661,7 @@ def hold_out(examples):
     # rows without a prompt share none
     groups = {}
     for example in examples:
-        groups.setdefault(example.text or example.where, []).append(example)
+        groups.setdefault(example.prompt_text or example.where, []).append(example)
     prompts = sorted(groups)
     if len(prompts) == 1:
         sys.exit("error: all pairs share one prompt, so none can be held out: add prompts, or name --eval_data")
@@ -804,9 +801,9 @@ def pair_masks(pair, part, sizes):
     """(sizes, masks, {}): `sees` for each pair, which has so many tokens, as (L, L) floats to be added to attention
     scores: 0 if visible, else the lowest number. The dict is for the masks as the layers use them."""
     sizes, masks = list(sizes), []
-    for pair, part in zip(pair.split(sizes), part.split(sizes)):
-        token = torch.arange(len(pair), device=pair.device)
-        hidden = ~sees(token[:, None], token, pair, part)
+    for own_pair, own_part in zip(pair.split(sizes), part.split(sizes)):
+        token = torch.arange(len(own_pair), device=pair.device)
+        hidden = ~sees(token[:, None], token, own_pair, own_part)
         mask = torch.zeros(hidden.shape, device=pair.device)
         masks.append(mask.masked_fill(hidden, torch.finfo(torch.float32).min))
     return sizes, masks, {}
@@ -827,17 +824,17 @@ def pair_attention(module, query, key, value, attention_mask, layout=None, scali
     if isinstance(layout, BlockMask):
         return flex_attention_forward(module, query, key, value, layout, scaling=scaling, **options)
 
-    # the heads that share a key and value lie one below the other; the first layer makes their masks
+    # the heads that share a key and value are stacked along the tokens; the first layer makes their masks
     sizes, masks, ready = layout
-    heads, groups = query.shape[1], key.shape[1]
+    heads, kv_heads = query.shape[1], key.shape[1]
     width = query.shape[-1]
-    kind = value.dtype, heads // groups
-    if kind not in ready:
-        ready[kind] = [mask.to(value.dtype).repeat(heads // groups, 1) for mask in masks]
+    form = value.dtype, heads // kv_heads
+    if form not in ready:
+        ready[form] = [mask.to(value.dtype).repeat(heads // kv_heads, 1) for mask in masks]
     out = []
     queries, keys, values = (x[0].split(sizes, 1) for x in (query, key, value))
-    for q, k, v, mask in zip(queries, keys, values, ready[kind]):
-        scores = torch.baddbmm(mask, q.reshape(groups, -1, width), k.mT, alpha=scaling or width**-0.5)
+    for q, k, v, mask in zip(queries, keys, values, ready[form]):
+        scores = torch.baddbmm(mask, q.reshape(kv_heads, -1, width), k.mT, alpha=scaling or width**-0.5)
         attended = scores.softmax(-1) @ v
         out.append(attended.view(heads, -1, v.shape[-1]).transpose(0, 1))
     return torch.cat(out)[None], None
@@ -1025,7 +1022,7 @@ def join_processes():
 
 
 def total(x):
-    """The sum of a tensor over all processes, in place."""
+    """The sum of a tensor over all processes, which replaces it."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
@@ -1047,11 +1044,11 @@ def shard(model, device, compiled, low):
     fully_shard(model, mesh=mesh)
 
 
-def save(folder, model, tokenizer, optimizer, step, **origin):
+def save(folder, model, tokenizer, opt, step, **origin):
     """Write state.pt, which is the checkpoint (origin: more entries of it), and the Hugging Face files, which are for
-    everybody else. They are written beside the old ones and then moved, state.pt first and at one stroke. All processes
+    everybody else. They are written beside the old ones and then moved, state.pt first, each in one step. All processes
     call it, rank 0 writes."""
-    weights, state = get_state_dict(model, optimizer, options=FULL)
+    weights, opt_state = get_state_dict(model, opt, options=FULL)
     if dist.is_initialized() and dist.get_rank():
         return
     # of adapters the checkpoint has only A and B, and everybody else gets W + BA
@@ -1068,7 +1065,7 @@ def save(folder, model, tokenizer, optimizer, step, **origin):
     try:
         shutil.rmtree(new, ignore_errors=True)
         os.makedirs(new)
-        state = dict(origin, step=step, weights=weights, optimizer=state)
+        state = dict(origin, step=step, weights=weights, optimizer=opt_state)
         torch.save(state, os.path.join(new, "state.pt"))
         model.save_pretrained(new, state_dict=merged)
         tokenizer.save_pretrained(new)
@@ -1115,7 +1112,7 @@ def start_log(folder, step):
         with open(path + ".new", "w", encoding="utf-8") as f:
             f.write(text)
         os.replace(path + ".new", path)
-    return open(path, "a", encoding="utf-8", buffering=1)
+    return open(os.path.join(folder, "log.jsonl"), "a", encoding="utf-8", buffering=1)
 
 
 # -----------------------------------------------------------------------------
@@ -1227,7 +1224,7 @@ if __name__ == "__main__":
         sys.exit("error: --lora_rank works in one process: FSDP would spread the weights that adapters and reference "
                  "share. Start it without torchrun, or leave --lora_rank out")
 
-    # the device, and the type in which it multiplies
+    # the device, and the type in which it multiplies; options.json gets dtype as it is settled here
     device_type = DEVICES[0] if device == "auto" else device
     if dtype == "auto":
         dtype = "bfloat16" if device_type == "cuda" else "float32"
@@ -1247,7 +1244,7 @@ if __name__ == "__main__":
     chat_template_utils.datetime = Clock
 
     # -------------------------------------------------------------------------
-    # policy and reference. Rank 0 goes ahead and makes the files that the other processes then find
+    # policy and reference. Rank 0 goes ahead, up to the end of the data, and makes the files that the others then find
     if rank:
         dist.barrier()
     # what can be wrong with a task's texts and reward is found before anything is trained
@@ -1301,7 +1298,7 @@ if __name__ == "__main__":
         held_rows = [(f"test text {n}", {"text": text}) for n, text in enumerate(reviews["test"][:eval_pairs], 1)]
     elif task:
         prefixes = eval_imdb.task_prefixes(reviews, tokenizer, seed, train_prefixes, eval_prefixes)
-        # adapters would be computed anew for every token, and they do nothing yet
+        # the reference is the same model without its adapters, which would be computed anew for every token
         sft_model = ref if lora_rank and not ref_from else model
         source = eval_imdb.build_pairs(sft_model, tokenizer, prefixes["train"], score, folder=os.path.dirname(out_dir),
                                        name=data, reward=reward, completions=completions, min_score_gap=min_score_gap,
@@ -1312,7 +1309,6 @@ if __name__ == "__main__":
         if held_source:
             held_rows = read_rows(held_source, eval_split, data_config, default="test")
 
-    # the prompts of what is held out are not trained on
     examples, counts = make_examples(rows, source, model, tokenizer)
     if held_rows:
         held_out, held_counts = make_examples(held_rows, held_source or source, model, tokenizer)
@@ -1322,16 +1318,16 @@ if __name__ == "__main__":
         print(f"held out: {held_counts['read']} read = {len(held_out)} evaluated + {beyond} beyond --eval_pairs + "
               f"{held_counts['left out']} left out")
     else:
+        # no prompt that is held out is trained on
         examples, held_out = hold_out(examples)
         counts["held out"] = len(held_out)
-    held_prompts = {example.text: example.prompt for example in held_out if example.text is not None}
+    held_prompts = {example.prompt_text: example.prompt for example in held_out if example.prompt_text is not None}
     if task and not sft:
         held_prompts = {prefix: encode_prompt(tokenizer, prefix) for prefix in prefixes["test"]}
     if world > 1 and rank == 0:
         dist.barrier()
     print(f"data: {counts['read']} {noun} read = {len(examples)} to train on + {counts['held out']} held out + "
-          f"{counts['left out']} left out; {counts['truncated']} truncated, {counts['beheaded']} of them at the "
-          "beginning of the prompt")
+          f"{counts['left out']} left out; {counts['truncated']} truncated, {counts['beheaded']} of them at the start")
     if counts["shortened"]:
         print(f"note: {counts['shortened']} prompts end before the chat template's generation prompt does, because "
               "finished turns do not repeat it (nor, perhaps, reasoning); --show_data shows what is left")
@@ -1339,7 +1335,8 @@ if __name__ == "__main__":
         show_examples(examples, tokenizer, show_data)
         sys.exit()
 
-    # rows: on a GPU they have one length, so that the model compiles once and FlexAttention can skip; elsewhere any
+    # rows: on a GPU they have one length, a multiple of FlexAttention's blocks, so that the model compiles once, and a
+    # step's tokens make equally many rows for each process. Elsewhere rows have any length
     sizes = [size(example) for example in examples]
     most = max(sizes + [size(example) for example in held_out])
     row_tokens = max(micro_tokens or (8192 if device_type == "cuda" else 1024), most)
@@ -1350,7 +1347,7 @@ if __name__ == "__main__":
         row_length = math.ceil(max(most, tokens / per_step) / 128) * 128
         row_tokens = row_length
 
-    # are packed rows exact for these models? Two examples, one of them with the longest sequence, are compared
+    # are packed rows exact for these models? The first example and the one with the longest sequence are compared
     longest = max(examples + held_out, key=lambda e: len(e.prompt) + max(len(e.chosen), len(e.rejected)))
     for role, m in models.items():
         m.set_attn_implementation("pair_attention")
@@ -1422,9 +1419,14 @@ if __name__ == "__main__":
     if not sft:
         reference = f"; reference {ref_from or init_from}"
     print(f"model: {init_from}, {n_params / 1e6:.1f}M parameters, {n_trained / 1e6:.1f}M of them trained{reference}")
+    objective = method
+    if not sft:
+        objective += f", beta {beta:g}"
+    if method == "tdpo2":
+        objective += f", alpha {alpha:g}"
     epochs = max_steps * batch_size / len(examples)
-    print(f"run: {method} with alpha {alpha} and beta {beta}, {max_steps} steps ({epochs:.1f} epochs), learning rate "
-          f"{learning_rate:g}, {device_type}, {dtype}, {world} processes; into {out_dir}", flush=True)
+    print(f"run: {objective}, {max_steps} steps ({epochs:.1f} epochs), learning rate {learning_rate:g}, {device_type}, "
+          f"{dtype}, {world} processes; into {out_dir}", flush=True)
     if warmup_steps > max_steps:
         print(f"warning: --warmup_steps={warmup_steps} is more than the {max_steps} steps: the learning rate gets no "
               f"higher than {learning_rate * max_steps / warmup_steps:.2g} of {learning_rate:g}")
@@ -1499,7 +1501,7 @@ if __name__ == "__main__":
                      "Lower --learning_rate")
         if quick:
             return
-        # the KL should be 0 at the start, or something is not as it seems
+        # at the start the KL should be 0
         if step == 0 and not sft and metrics["kl_l"] > 1e-5:
             print(f"warning: before the first step the KL from the reference is {metrics['kl_l']:.2g} nats, not 0: its "
                   "weights differ from the policy's, or their dtype")
@@ -1561,6 +1563,7 @@ if __name__ == "__main__":
             stop = total(torch.tensor(float(stop), device=device_type)).item() > 0
         due_eval = step in (0, max_steps) or eval_interval and step % eval_interval == 0
         due_save = step == max_steps or save_interval and step % save_interval == 0
+        # a resumed run has evaluated its first step before
         if step == 0 or step > began_at:
             if due_eval or due_save:
                 evaluate()
@@ -1573,7 +1576,7 @@ if __name__ == "__main__":
         if stop:
             follow = f"continue: python train.py --resume=True --out_dir={out_dir}"
             if step == 0:
-                follow = "nothing is saved"
+                follow = "no step was made, so nothing is saved"
             print(f"stopped after step {step} | {follow}", flush=True)
             sys.exit(128 + (signals or [signal.SIGTERM])[0])
 
@@ -1643,8 +1646,10 @@ if __name__ == "__main__":
             print(f"note: there is no log.png: {error}")
     follow = f"sample.py --model={out_dir}"
     if sft:
-        # the embedded task renames its SFT model
-        follow = f"train.py --method=tdpo2 --data={data} --init_from={out_dir.removesuffix('-new')}"
+        follow = f"train.py --method=tdpo2 --data={data} --init_from={out_dir}"
+    # the embedded task renames its SFT model
+    if sft and task:
+        follow = follow.removesuffix("-new")
     print(f"saved {out_dir} | next: python {follow}", flush=True)
     if world > 1:
         # exit hard: gloo's threads can abort the process during interpreter shutdown
