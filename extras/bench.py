@@ -22,7 +22,7 @@ import transformers as hf
 from transformers import AutoModelForCausalLM
 
 import tdpo
-from eval_imdb import read_log
+from eval_imdb import read_log, scratch_model
 from extras.compare import PROJECT
 from extras.memory import qwen
 from sample import DEVICES
@@ -183,24 +183,22 @@ TOY_MODELS = {
 }
 
 
-def numbers_model(folder, config, pairs):
-    """Write a model of random weights in bf16 whose words are numbers, and pairs as long as HH's: prompts of 100 tokens
-    and responses of 65 in the middle."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    words = {"<eos>": 0}
-    words.update({str(n): n for n in range(1, 1000)})
-    inner = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    hf.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>").save_pretrained(folder)
+def random_model(folder, config, pairs):
+    """Write a model of random weights in bf16 with the embedded task's tokenizer, and pairs as long as HH's: prompts of
+    100 tokens and responses of 65 in the middle."""
+    _, tokenizer = scratch_model(0)
+    tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config.bos_token_id = config.eos_token_id = config.pad_token_id = 0
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
+    def random_words(n):
+        return " ".join(tokenizer.convert_ids_to_tokens(rng.integers(2, len(tokenizer), n)))
     rng = np.random.default_rng(0)
     with open(folder + ".jsonl", "w") as f:
         for _ in range(pairs):
             lengths = np.exp(rng.normal((4.6, 4.2, 4.2), (0.8, 0.7, 0.7))).clip(2, 400).astype(int)
-            prompt, chosen, rejected = [" ".join(map(str, rng.integers(1, 1000, n))) for n in lengths]
+            prompt, chosen, rejected = [random_words(n) for n in lengths]
             f.write(json.dumps({"prompt": prompt, "chosen": " " + chosen, "rejected": " " + rejected}) + "\n")
 
 
@@ -229,9 +227,8 @@ def day_items(folder, models, vocabularies, steps, batch, N, d):
         model, size = os.path.join(folder, name), f"--batch_size={batch}"
         for rank in (0, 16):
             items[f"{name}, rank {rank}"] = bench_run, (model, steps, size, f"--lora_rank={rank}")
-        # in two ways that must not change the losses of rank 0
+        # which must not change the losses of rank 0
         items[f"{name}, not compiled"] = bench_run, (model, steps, size, "--compile=False")
-        items[f"{name}, checkpointed"] = bench_run, (model, steps, size, "--checkpoint_activations=True")
     return items
 
 
@@ -257,7 +254,7 @@ def gpu_day(folder, toy=False):
             found = json.load(f)
     for name, config in models.items():
         if not os.path.exists(os.path.join(folder, name + ".jsonl")):
-            numbers_model(os.path.join(folder, name), config, pairs=(steps + 1) * batch + 100)
+            random_model(os.path.join(folder, name), config, pairs=(steps + 1) * batch + 100)
 
     for name, (measure, args) in day_items(folder, models, vocabularies, steps, batch, N, d).items():
         if name in found and "failed" not in found[name]:
@@ -277,10 +274,9 @@ def gpu_day(folder, toy=False):
     show("measured", "pairs/s", "MFU", "TFLOP/s", "peak GiB", "largest difference of losses")
     show(*["---"] * 6)
     for name, values in found.items():
-        # the run whose losses this one should have
-        same = found.get(name.split(",")[0] + ", rank 0", {}).get("losses", [])
         gap = ""
-        if "compiled" in name or "checkpointed" in name:
+        if "not compiled" in name:
+            same = found[name.replace("not compiled", "rank 0")].get("losses", [])
             gap = max([abs(a - b) for a, b in zip(same, values.get("losses", []))], default="")
         show(name, *[values.get(key, "") for key in ("pairs_per_s", "mfu", "tflops", "peak_gib")], gap)
     return found

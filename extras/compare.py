@@ -22,7 +22,7 @@ import sys
 
 import numpy as np
 
-from eval_imdb import SCORES, TASKS, draw, read_log
+from eval_imdb import SCORES, draw, read_log
 from sample import create, parse, writable
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -33,19 +33,14 @@ PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # options that may differ among the runs of a line
 OWN = ("seed", "out_dir", "resume", "overwrite", "device", "compile", "micro_tokens", "checkpoint_activations",
        "wandb_log", "log_interval", "max_steps")
-# the functions of tdpo.py that make the objective
-OBJECTIVE = ("sum_tokens", "margin", "preference_loss")
-
 
 def objective_of(folder):
-    """The code of the objective in a folder's tdpo.py, without its comments, or "" if there is none."""
+    """The code of tdpo.py in a folder, without its comments, or "" if there is none."""
     path = os.path.join(folder, "tdpo.py")
     if not os.path.exists(path):
         return ""
     with open(path, encoding="utf-8") as f:
-        tree = ast.parse(f.read())
-    functions = [part for part in tree.body if getattr(part, "name", None) in OBJECTIVE]
-    return "\n".join(ast.unparse(function) for function in functions)
+        return ast.unparse(ast.parse(f.read()))
 
 
 def short_hash(*values):
@@ -304,8 +299,8 @@ def table(results, levels):
 
 
 def differences(results, levels, bases):
-    """Rewards at equal KL, less those of runs of the same seed and prefixes: a line for each label in bases, {label: the
-    label of the runs that are subtracted}."""
+    """Rewards at equal KL, less those of runs of the same seed and prefixes: a line for each label in bases, which is
+    {label: the label of the runs that are subtracted}."""
     groups, rows = by_label(results), []
     for label, base in bases.items():
         runs = groups[label]
@@ -442,24 +437,19 @@ if __name__ == "__main__":
         try:
             if source.endswith((".json", ".json.gz")):
                 for result in read_json(source):
-                    if not {"run", "label", "seed", "n", "evals", "curves", *SCORES} <= result.keys():
-                        raise ValueError
                     # the same run may be in two files
                     if result in results:
                         continue
                     if not are_seeds(result["label"], result, results):
                         result["label"] += f" of {source}"
                     results.append(result)
-                continue
-            run = read_json(os.path.join(source, "options.json"))
-            has_reward = run["data"] in TASKS and run["method"] != "sft"
-        except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError):
-            parser.error(f"{source} holds no run of train.py, and nothing that this script wrote")
-        if not has_reward:
-            parser.error(f"{source} has no reward: it trained {run['method']} on {run['data']}")
-        result = from_log(source, run)
-        result["label"] = label_of(result, run, results)
-        results.append(result)
+            else:
+                run = read_json(os.path.join(source, "options.json"))
+                result = from_log(source, run)
+                result["label"] = label_of(result, run, results)
+                results.append(result)
+        except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
+            parser.error(f"{source} holds no run of a sentiment task, and nothing that this script wrote: {error}")
 
     # the runs that are wanted
     labels = by_label(results)
@@ -468,14 +458,14 @@ if __name__ == "__main__":
             parser.error(f"there is no run called {name}: the runs are called {', '.join(labels)}")
     if args.only:
         results = [result for result in results if result["label"] in args.only + args.against]
+
     # the numbers, tables of them, a figure
     with create(args.out + ".json") as f:
         lines = [json.dumps(result, ensure_ascii=False) for result in results]
         f.write("[" + ",\n".join(lines) + "]\n")
     print("\n" + "\n".join(table(results, args.at_kl)))
-    print("\nmean ± half of a 95 % interval, over seeds or, if that is wider, over samples. In brackets: a 95 % "
-          "bootstrap interval over seeds and prefixes; ± after it: Student's t over seeds. Nats; KLs are sums over a "
-          "response, entropy is a mean over its tokens")
+    print("\n±: half of a 95 % interval, over seeds or, if that is wider, over samples; after brackets Student's t over "
+          "seeds. In brackets: a 95 % bootstrap interval over seeds and prefixes. Nats")
     for against in args.against:
         print("\n" + "\n".join(differences_from(results, args.at_kl, against)))
     print(f"\nwrote {args.out}.json")

@@ -161,14 +161,14 @@ def test_the_day_on_a_gpu_works_at_toy_sizes_and_continues(tmp_path, monkeypatch
     failed = {name: values["failed"] for name, values in found.items() if "failed" in values}
     assert failed == {"products, V 2048": "exit code 1: it failed"}
     assert found["toy, rank 0"]["pairs_per_s"] > 0 and found["fused, V 2048"]["tflops"] > 0
-    # started again, only that one runs; the two ways do not change the losses
+    # started again, only that one runs
     count = len(calls)
     capsys.readouterr()
     again = bench.gpu_day(str(tmp_path), toy=True)
     assert len(calls) == count + 1 and again["products, V 2048"].pop("tflops") > 0
     table = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line[0] == "|"]
-    gaps = [float(cells[-1]) for cells in table if re.search("compiled|checkpointed", cells[0])]
-    assert len(table) == 2 + len(found) and len(gaps) == 2 and max(gaps) < (1e-2 if torch.cuda.is_available() else 1e-4)
+    gaps = [float(cells[-1]) for cells in table if "not compiled" in cells[0]]
+    assert len(table) == 2 + len(found) and len(gaps) == 1 and gaps[0] < (1e-2 if torch.cuda.is_available() else 1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,9 +225,6 @@ def test_show_shades_the_responses_that_sample_draws(models):
         for text in (found, lines[n].split("|", 1)[1]):
             assert text.replace("<eos>", "").split(" [logratio ")[0].strip() == row["response"].strip()
             assert ("[logratio " in text) == (row["model"] == "policy")
-    # the page loads nothing, and says what its colors mean
-    assert not re.search("http|src=|href=|@import|url", page)
-    assert "its response's logratio (absolute values" in html.unescape(page)
     out = says(0, "", "extras/show.py", *options)
     sums = [float(x) for x in re.findall(r"\[kl (\S+) nats\]", out)]
     assert sums == approx([row["kl"] for row in rows[2:]], abs=0.006)
@@ -237,28 +234,18 @@ def test_show_shades_the_responses_that_sample_draws(models):
     says(0, "surprisal", *ask, "--show=surprisal")
 
 
-def test_show_and_judge_leave_no_output_when_their_input_is_bad(models):
-    write_lines("broken.jsonl", ["{"])
-    write_lines("mine", ["mine"])
-    for option, *script in (("--html", "extras/show.py", "--show=surprisal"),
-                            ("--out", "extras/judge.py", "--format=mt_bench")):
-        for out in ("new/folder/x", "mine"):
-            says(1, "cannot read broken.jsonl, line 1", *script, "--model=ref", "--prompts=broken.jsonl", f"{option}={out}")
-    assert not os.path.exists("new") and text_of(os.path.abspath("mine")) == "mine\n"
-
-
 def test_answers_have_the_form_that_judges_read(models):
-    questions = [dict(question_id=n, category="x", turns=["the plot", "the music"][:n]) for n in (1, 2)]
-    write_lines("question.jsonl", [*questions, dict(question_id=3, turns=["the " * 200, "the music"])])
+    turns = ["the plot"], ["the plot", "the music"], ["the " * 200, "the music"]
+    write_lines("question.jsonl", [dict(question_id=n, turns=texts) for n, texts in enumerate(turns, 1)])
     write_lines("instructions.jsonl", [dict(instruction="the plot"), dict(instruction="the music")])
     ask = ["extras/judge.py", "--model=chat", "--max_new_tokens=20"]
     bench = [*ask, "--format=mt_bench", "--out=answers/tiny.jsonl"]
     out = says(0, "wrote 3 answers", *bench, "--prompts=question.jsonl")
     assert "question 3 is too long in turn 1: its answer is empty" in out
     says(2, "line 1 is not a JSON object with question_id and turns", *bench, "--prompts=instructions.jsonl")
-    for found, turns in zip(lines_of("answers/tiny.jsonl"), (1, 2, 2), strict=True):
+    for found, texts in zip(lines_of("answers/tiny.jsonl"), turns, strict=True):
         replies = found["choices"][0]["turns"]
-        assert found["model_id"] == "tiny" and len(replies) == turns
+        assert found["model_id"] == "tiny" and len(replies) == len(texts)
         assert (replies[0] == "") == (found["question_id"] == 3)
     says(0, "wrote 2 answers", *ask, "--format=alpaca_eval", "--prompts=instructions.jsonl", "--out=tiny.json")
     found = json.load(open("tiny.json"))
@@ -305,57 +292,35 @@ def test_samples_are_checked_by_hand_and_scored_by_a_second_classifier(models):
     for a, b in zip(first["evals"], second["evals"]):
         assert a["rkls"] == b["rkls"] and b["reward"] == approx(np.mean(b["rewards"]), abs=1e-3)
         assert all(0 <= x <= 1 for x in b["rewards"])
-    assert second["reward"] == second["evals"][-1]["reward"]
-    says(0, r"\| tdpo2 α=0.5 \| 0\.", "extras/compare.py", "--runs=second.json", "--out=third")
 
 
-STUB = """#!/bin/bash
-# in python's place: it prints an SFT run's last line before its own, and fails once in TDPO1, on IMDb after a save
-echo "$*" >> calls
-for word; do case $word in --out_dir=*|--model=*) d=${word#*=};; esac; done
-mkdir -p $d
-[ $1 = sample.py ] && echo {} > $d/samples.jsonl && exit
-echo "saved out/sft | next: python"
-if [[ $d == *tdpo1 && ! -e $d/died ]]; then
-    touch $d/died; [[ $d == out/imdb/* ]] && touch $d/state.pt; echo "error: it failed"; exit 1
-fi
-echo "saved $d | next: python"
-"""
-
-
-def test_the_loops_of_the_results_run_again_what_has_not_finished(tmp_path, monkeypatch):
+def test_the_studies_are_runs_of_train(tmp_path, monkeypatch):
+    """Every command has options that exist, and a name that says what it is; edits are lines of README."""
     monkeypatch.chdir(tmp_path)
     for name in ("MODEL", "JUDGE", "TEXTS"):
         monkeypatch.setenv(name, name.lower())
+    monkeypatch.setenv("SEEDS", "2 3")
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     os.mkdir("bin")
-    write_lines("bin/python", [STUB])
+    # in python's place: it takes a note, and finishes
+    write_lines("bin/python", ["#!/bin/bash\necho $* >> calls\necho saved ${2#*=} '|'"])
     os.chmod("bin/python", 0o755)
     for path in glob.glob(f"{HERE}/*.py"):
         shutil.copy(path, ".")
-    passes = []
     for _ in range(2):
         for study in ("reviews", "imdb", "hh"):
             done = subprocess.run(["bash", f"{HERE}/extras/study.sh", study], capture_output=True, text=True)
             assert done.returncode == 0 and not done.stderr, done.stderr
-        passes.append([line.split() for line in open("calls") if "train.py" in line])
-        os.remove("calls")
-    assert len(passes[0]) == 8 * (11 + 3) + 3 * (1 + 6) + (1 + 4)
-    # each name says what the run is
-    for program, *options in passes[0]:
+    # once, because a second start skips the runs that have finished
+    calls = [line.split() for line in open("calls") if "train.py" in line]
+    assert len(calls) == 2 * (11 + 3) + 2 * (1 + 6) + (1 + 4)
+    for program, *options in calls:
         run = train.configure(options)
         seed, method, alpha, beta = re.fullmatch(r"out/\w+/(\d?)-?(\w+)(?:-alpha=(.+?))?(?:-beta=(.+))?",
                                                  run["out_dir"]).groups("")
         assert run["seed"] == int(seed or 1) and (not beta or run["beta"] == float(beta))
         if program == "train.py":
             assert (run["method"], run["alpha"]) == (method, float(alpha or 0.5))
-        else:
-            assert program == f"out/edited/{method}/train.py"
-    # a second start continues or repeats the runs that failed, and no others
-    tdpo1 = [x for x in passes[0] if x[1].endswith("tdpo1")]
-    again = [[*x[:2], "--resume=True"] if "imdb" in x[1] else x for x in tdpo1]
-    assert len(again) == 8 + 3 + 1 and sorted(passes[1]) == sorted(again)
-    # an edited objective is one line of README's
     lines = set(text_of("tdpo.py").splitlines())
     for name in ("lndpo", "tdpo2r", "ipo"):
         edited = set(text_of(os.path.abspath(f"out/edited/{name}/tdpo.py")).splitlines())
@@ -409,8 +374,8 @@ def seeds_of(out):
     return {label: int(seeds) for label, seeds in re.findall(r"^\| ([^|]+?) \|.* (\d+) × 24 \|$", out, re.M)}
 
 
-def compared(*args, code=0, message=""):
-    return says(code, message, "extras/compare.py", *args)
+def compared(*args):
+    return says(0, "wrote", "extras/compare.py", *args)
 
 
 def test_rewards_at_a_kl_are_compared_seed_by_seed_and_prefix_by_prefix():
@@ -447,8 +412,8 @@ def test_rewards_at_a_kl_are_compared_seed_by_seed_and_prefix_by_prefix():
     runs["tdpo2"][0]["evals"].pop()
     assert compare.compared(runs["tdpo2"], others, [2.5, 9]) == ["– (5 of 6)", "–"]
     runs["tdpo2"][1]["pair"], runs["tdpo2"][2]["pair"] = "prefixes of a different run", None
-    lines = compare.differences(runs["tdpo2"] + runs["dpo"], [1.5], "dpo")
-    assert lines[2:] == ["| tdpo2 | – (4 of 6 began alike) |"]
+    lines = compare.differences(runs["tdpo2"] + runs["dpo"], [1.5], {"tdpo2": "dpo"})
+    assert lines[2:] == ["| tdpo2 | dpo | – (4 of 6 began alike) |"]
 
 
 def test_a_level_counts_if_most_draws_reach_it_and_where_they_do_so_first():
@@ -476,13 +441,8 @@ def test_what_is_written_makes_the_same_tables(folder):
         f.write(open("first.json", "rb").read())
     again = compared("--runs=second.json.gz", *levels, "--out=again")
     assert re.findall(r"^\|.*", out, re.M) == re.findall(r"^\|.*", again, re.M)
-    # bad input says what is wrong
-    write_run("sft", method="sft")
-    open("broken.json.gz", "wb").write(open("second.json.gz", "rb").read()[:-20])
-    for sources, message in (("sft", "sft has no reward: it trained sft on reviews"),
-                             ("nowhere", "nowhere holds no run"), ("broken.json.gz", "broken.json.gz holds no run")):
-        compared(f"--runs=a,{sources}", "--out=bad", code=2, message=message)
-    compared("--runs=a", "--against=dpo", "--out=bad", code=2, message="the runs are called tdpo2 α=0.5")
+    says(2, "nowhere holds no run", "extras/compare.py", "--runs=a,nowhere")
+    says(2, "the runs are called tdpo2 α=0.5", "extras/compare.py", "--runs=a", "--against=dpo")
 
 
 def test_runs_that_differ_only_in_their_seed_share_a_line(folder):
@@ -516,16 +476,11 @@ def test_runs_join_what_was_written_before(folder):
     ):
         write_run(name, seed, **options)
         assert seeds_of(compared(f"--runs={name},first.json", "--out=again")) == expected
-    # nor does a run that is given twice, or that was written elsewhere
-    os.link("first.json", "same.json")
-    compared("--runs=others/tdpo2", "--out=moved")
-    found = seeds_of(compared("--runs=first.json,same.json,moved.json", "--out=again"))
-    assert found == {"reference": 1, "tdpo2 α=0.5": 1, "tdpo2 α=0.5 of moved.json": 1}
 
 
 def test_the_tables_of_the_results_are_those_of_the_data():
     texts = [text_of("README.md"), text_of("assets/RESULTS.md")]
     assert all("".join(texts).count(f"<!-- table {name} -->\n|") == 1 for name in compare.TABLES)
     # a number that somebody has changed in each table is changed back
-    edited = [re.sub(r"(<!-- table (?:reviews|imdb).*?\d)\.\d", r"\1.x", text, flags=re.S) for text in texts]
+    edited = [re.sub(r"(<!-- table (?:reviews|imdb).*?-->.*?\d)\.\d", r"\1.x", text, flags=re.S) for text in texts]
     assert sum(text.count(".x") for text in edited) == len(compare.TABLES) and compare.with_tables(edited) == texts
