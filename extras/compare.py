@@ -464,8 +464,8 @@ if __name__ == "__main__":
         lines = [json.dumps(result, ensure_ascii=False) for result in results]
         f.write("[" + ",\n".join(lines) + "]\n")
     print("\n" + "\n".join(table(results, args.at_kl)))
-    print("\n±: half of a 95 % interval, over seeds or, if that is wider, over samples; after brackets Student's t over "
-          "seeds. In brackets: a 95 % bootstrap interval over seeds and prefixes. Nats")
+    print("\n±: half of a 95 % interval, over seeds or, if that is wider, over samples; after brackets Student's t "
+          "over seeds. In brackets: a 95 % bootstrap interval over seeds and prefixes. Nats")
     for against in args.against:
         print("\n" + "\n".join(differences_from(results, args.at_kl, against)))
     print(f"\nwrote {args.out}.json")
