@@ -9,17 +9,19 @@
 
 Paper: Token-level Direct Preference Optimization, Zeng et al., ICML 2024, arXiv:2404.11999. The loss is in tdpo.py.
 """
-# Memory on a CPU, set up before torch is loaded: huge pages for large buffers, a small oneDNN cache, because every row
-# length compiles kernels of its own, and a glibc that keeps freed buffers: fresh pages at every step would cost a third
-# of the embedded task's time.
+# Memory on a CPU, set up before torch is loaded. Large buffers get huge pages. The two caches of kernels of matrix
+# products, oneDNN's and torch's own, are small, because every row length has kernels of its own. glibc keeps freed
+# buffers, because fresh pages at every step would cost a third of the embedded task's time. It returns only those of
+# 32 MiB and more, such as logits: smaller buffers would break up the holes that they leave, and the heap would grow.
 import ctypes
 import os
 import sys
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
 if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
     ctypes.CDLL(None).mallopt(-1, 2**31 - 1)        # M_TRIM_THRESHOLD
-    ctypes.CDLL(None).mallopt(-3, 2**27)            # M_MMAP_THRESHOLD
+    ctypes.CDLL(None).mallopt(-3, 2**25)            # M_MMAP_THRESHOLD
 if sys.platform == "win32":
     sys.exit("error: train.py runs on Linux and macOS; on Windows use WSL")
 

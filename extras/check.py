@@ -1,42 +1,27 @@
-"""Recompute reward, KLs and entropy of a few of a run's last samples, one token at a time, in float64.
+"""Recompute KLs and entropy of a few of a run's last samples, one token at a time, in float64.
 
     python -m extras.check out/reviews/1-dpo-beta=0.1 out/imdb/1-dpo-beta=0.1
 
-It shares no code with the project. Rewards come from transformers' own pipeline, or from words that are counted here.
+It shares no code with the project.
 """
+import argparse
 import json
 import os
-import re
-import sys
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-
-GOOD = """wonderful superb charming brilliant touching gripping clever delightful warm fresh funny moving elegant honest
-thrilling loved enjoyed admired praised recommend treasure"""
-BAD = """dull awful tedious clumsy boring weak lifeless messy bland stale shallow painful hollow lazy annoying hated
-endured regretted mocked avoid forget"""
-
-
-def reward_of(text, judge):
-    if judge is None:
-        good, bad = [len(re.findall(rf"\b({'|'.join(words.split())})\b", text)) for words in (GOOD, BAD)]
-        return (good - bad) / max(1, good + bad)
-    scores = judge(text, top_k=None, truncation=True)
-    return [x["score"] for x in scores if x["label"].lower().startswith("pos")][0]
-
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 def log_probabilities(model, ids):
     with torch.no_grad():
         return model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
 
 
-worst = {"reward": 0.0, "kl": 0.0, "rkl": 0.0, "entropy": 0.0}
-for folder in sys.argv[1:]:
+parser = argparse.ArgumentParser(prog="python -m extras.check", description=__doc__,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("runs", nargs="+", help="directories of runs of a sentiment task")
+worst = {"kl": 0.0, "rkl": 0.0, "entropy": 0.0}
+for folder in parser.parse_args().runs:
     options = json.load(open(os.path.join(folder, "options.json")))
-    judge = None
-    if options["reward"] != "exact":
-        judge = pipeline("text-classification", options["reward"], dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     policy, reference = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
                          for path in (folder, options["ref_from"] or options["init_from"])]
@@ -46,7 +31,7 @@ for folder in sys.argv[1:]:
     for line in lines[:: max(1, len(lines) // 5)][:5]:
         row = json.loads(line)
         ids = tokenizer(row["prompt"])["input_ids"]
-        found = {"reward": reward_of(row["prompt"] + row["response"], judge), "kl": 0.0, "rkl": 0.0, "entropy": 0.0}
+        found = {"kl": 0.0, "rkl": 0.0, "entropy": 0.0}
         for token in row["tokens"]:
             p, q = log_probabilities(policy, ids), log_probabilities(reference, ids)
             found["kl"] += float((q.exp() * (q - p)).sum())
@@ -55,7 +40,7 @@ for folder in sys.argv[1:]:
             ids = ids + [token]
         for name, x in found.items():
             worst[name] = max(worst[name], abs(x - row[name]) / max(1, abs(x)))
-        # the text that was scored is that of these tokens
+        # the text that the reward has seen is that of these tokens
         assert row["response"] in tokenizer.decode(ids, skip_special_tokens=True), row
         print(folder, {name: (round(x, 4), row[name]) for name, x in found.items()})
 print("largest differences (relative, if the value is above 1):", {name: f"{x:.1e}" for name, x in worst.items()})

@@ -22,8 +22,8 @@ import sys
 
 import numpy as np
 
-from eval_imdb import SCORES, TASKS, draw, read_log
-from sample import parse, writable
+from eval_imdb import SCORES, draw, read_log
+from sample import create, parse, writable
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -33,19 +33,14 @@ PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # options that may differ among the runs of a line
 OWN = ("seed", "out_dir", "resume", "overwrite", "device", "compile", "micro_tokens", "checkpoint_activations",
        "wandb_log", "log_interval", "max_steps")
-# the functions of tdpo.py that make the objective
-OBJECTIVE = ("sum_tokens", "margin", "preference_loss")
-
 
 def objective_of(folder):
-    """The code of the objective in a folder's tdpo.py, without its comments, or "" if there is none."""
+    """The code of tdpo.py in a folder, without its comments, or "" if there is none."""
     path = os.path.join(folder, "tdpo.py")
     if not os.path.exists(path):
         return ""
     with open(path, encoding="utf-8") as f:
-        tree = ast.parse(f.read())
-    functions = [part for part in tree.body if getattr(part, "name", None) in OBJECTIVE]
-    return "\n".join(ast.unparse(function) for function in functions)
+        return ast.unparse(ast.parse(f.read()))
 
 
 def short_hash(*values):
@@ -143,16 +138,14 @@ def by_label(results):
 
 def references(results):
     """Results of the references, one for each seed: the scores of the runs' first evaluations, if the policy was still
-    the reference then. The reference of a different task or model has a line of its own."""
-    found, names = {}, {}
+    the reference then. Runs of different tasks or models have none, because one name would stand for several."""
+    found = {}
+    if len({r.get("origin") for r in results}) > 1:
+        return []
     for r in results:
-        if not r["evals"] or abs(r["evals"][0]["sample_rkl"]) > 1e-4:
-            continue
-        origin = r.get("origin")
-        if origin not in names:
-            names[origin] = f"reference of {r['label']}" if names else "reference"
-        first = {**r["evals"][0], "run": r["run"], "label": names[origin], "seed": r["seed"], "evals": [], "curves": []}
-        found.setdefault((origin, r["seed"]), first)
+        if r["evals"] and abs(r["evals"][0]["sample_rkl"]) <= 1e-4:
+            first = {"run": r["run"], "label": "reference", "seed": r["seed"], "evals": [], "curves": []}
+            found.setdefault(r["seed"], {**r["evals"][0], **first})
     return list(found.values())
 
 
@@ -305,29 +298,25 @@ def table(results, levels):
     return markdown(head, rows)
 
 
-def differences(results, levels, against):
-    """Rewards at equal KL, less those of the runs labelled against, of the same seed and prefixes."""
-    groups = by_label(results)
-    others = {run["pair"]: run for run in groups[against] if run.get("pair")}
-    rows = []
-    for label, runs in groups.items():
-        if label == against or not runs[0]["evals"]:
-            continue
+def differences(results, levels, bases):
+    """Rewards at equal KL, less those of runs of the same seed and prefixes: a line for each label in bases, which is
+    {label: the label of the runs that are subtracted}."""
+    groups, rows = by_label(results), []
+    for label, base in bases.items():
+        runs = groups[label]
+        others = {run["pair"]: run for run in groups[base] if run.get("pair")}
         paired = sum(run.get("pair") in others for run in runs)
         cells = [f"– ({paired} of {len(runs)} began alike)"] * len(levels)
         if paired == len(runs):
             cells = compared(runs, others, levels)
-        rows.append([label, *cells])
-    return markdown(["method"] + [f"less {against} at KL {level:g}" for level in levels], rows)
+        rows.append([label, base, *cells])
+    return markdown(["method", "less"] + [f"at KL {level:g}" for level in levels], rows)
 
 
-def differences_of_edits(results, levels, bases):
-    """The same of each label in bases, {label: the label that it is compared with}."""
-    groups, rows = by_label(results), []
-    for label, base in bases.items():
-        others = {run["pair"]: run for run in groups[base]}
-        rows.append([label, base, *compared(groups[label], others, levels)])
-    return markdown(["line", "less"] + [f"at KL {level:g}" for level in levels], rows)
+def differences_from(results, levels, base):
+    """The same, less one label, for all others that were evaluated more than once."""
+    bases = {r["label"]: base for r in results if r["label"] != base and r["evals"]}
+    return differences(results, levels, bases)
 
 
 def ends(results, levels, labels):
@@ -344,24 +333,6 @@ def ends(results, levels, labels):
     rows.sort(reverse=True)
     head = ["method", "ends at KL", "with reward", f"reward at KL {levels[0]:g}"]
     return markdown(head + [f"{level:g}" for level in levels[1:]], [cells for _, cells in rows])
-
-
-def table_1(results, paper):
-    """Table 1 in small: accuracies and KLs of held-out pairs, entropy of samples; paper: {label: its numbers}."""
-    rows = []
-    for r in results:
-        t = T975[r["prompts"] - 2]
-        cells = [r["label"], paper[r["label"]]]
-        # over many pairs, and over few prompts
-        for name, wide in (("acc", 1.96), ("acc_loss", 1.96), ("kl_w", 0), ("kl_l", 0), ("entropy", t),
-                           ("surprisal", t)):
-            cell = f"{r[name]:.3f}"
-            if wide:
-                cell += f" ± {wide * r[name + '_se']:.3f}"
-            cells.append(cell)
-        rows.append(cells + [str(r["pairs"]), str(r["prompts"])])
-    return markdown(["method", "paper: accuracy, entropy", "ours: acc", "acc_loss", "D chosen", "D rejected", "entropy",
-                     "−log p", "pairs", "prompts"], rows)
 
 
 def mean_logs(results):
@@ -389,45 +360,41 @@ IMDB = [0.25, 0.5, 1]
 SHOWN = ["dpo", "dpo β=0.3", "dpo β=1", "dpo β=3", "tdpo1"]
 SHOWN += ["tdpo2 α=0.25", "tdpo2 α=0.5", "tdpo2 α=1", "tdpo2 α=2"]
 EDITS = {"ipo": "dpo", "lndpo": "dpo", "tdpo2r": "tdpo2 α=0.5"}
-# accuracy and entropy of the paper's Table 1
-PAPER = {
-    "fdpo β=0.03": "54.71 %, 4.708",
-    "dpo": "59.43 %, 3.196",
-    "tdpo1": "60.08 %, 4.727",
-    "tdpo2 α=0.5": "67.33 %, 4.915",
-}
 
 # {name: (function, its data in assets/, its further arguments)}
 TABLES = {
     "reviews": (table, "reviews.json.gz", REVIEWS),
     "reviews, ends": (ends, "reviews.json.gz", REVIEWS[:3], SHOWN),
-    "reviews, edits": (differences_of_edits, "reviews.json.gz", REVIEWS, EDITS),
+    "reviews, edits": (differences, "reviews.json.gz", REVIEWS, EDITS),
     "reviews-half": (table, "reviews-half.json.gz", REVIEWS),
     "imdb": (table, "imdb.json.gz", IMDB),
     "imdb-second": (table, "imdb-second.json.gz", IMDB),
     "imdb-two-seeds": (table, "imdb-two-seeds.json", []),
-    "hh": (table_1, "hh.json", PAPER),
 }
 for base in ("dpo", "dpo β=0.3", "dpo β=1", "dpo β=3"):
-    TABLES[f"reviews, less {base}"] = (differences, "reviews.json.gz", REVIEWS, base)
+    TABLES[f"reviews, less {base}"] = (differences_from, "reviews.json.gz", REVIEWS, base)
 for base in ("dpo", "dpo β=0.3", "dpo β=1"):
-    TABLES[f"imdb, less {base}"] = (differences, "imdb.json.gz", IMDB, base)
-    TABLES[f"imdb-second, less {base}"] = (differences, "imdb-second.json.gz", IMDB, base)
+    TABLES[f"imdb, less {base}"] = (differences_from, "imdb.json.gz", IMDB, base)
+    TABLES[f"imdb-second, less {base}"] = (differences_from, "imdb-second.json.gz", IMDB, base)
 
 
-def with_tables(text):
-    """(the text, in which each of the TABLES that it holds is made anew from the data, and the names of these)."""
-    names = []
+def with_table(text, name, lines):
+    """The text with these lines between its two markers, or as it was if it does not have them."""
+    before, marker, rest = text.partition(f"<!-- table {name} -->\n")
+    if not marker:
+        return text
+    return before + marker + "\n".join(lines) + "\n" + rest[rest.index("<!-- end -->"):]
+
+
+def with_tables(texts):
+    """The texts, in which each of the TABLES is made anew from its data."""
+    loaded = {}
     for name, (function, data, *arguments) in TABLES.items():
-        marker = f"<!-- table {name} -->\n"
-        if marker not in text:
-            continue
-        lines = function(read_json(os.path.join(PROJECT, "assets", data)), *arguments)
-        begin = text.index(marker) + len(marker)
-        end = text.index("<!-- end -->", begin)
-        text = text[:begin] + "\n".join(lines) + "\n" + text[end:]
-        names.append(name)
-    return text, names
+        if data not in loaded:
+            loaded[data] = read_json(os.path.join(PROJECT, "assets", data))
+        lines = function(loaded[data], *arguments)
+        texts = [with_table(text, name, lines) for text in texts]
+    return texts
 
 
 # -----------------------------------------------------------------------------
@@ -447,13 +414,14 @@ if __name__ == "__main__":
     args = parse(parser)
 
     if args.what == "tables":
-        for name in ("README.md", "assets/RESULTS.md"):
-            path = os.path.join(PROJECT, name)
+        paths = [os.path.join(PROJECT, name) for name in ("README.md", "assets/RESULTS.md")]
+        texts = []
+        for path in paths:
             with open(path, encoding="utf-8") as f:
-                text, names = with_tables(f.read())
+                texts.append(f.read())
+        for path, text in zip(paths, with_tables(texts)):
             with open(path, "w", encoding="utf-8") as f:
                 f.write(text)
-            print(f"{name}: {'; '.join(names)}")
         sys.exit()
     if not args.runs:
         parser.error("--runs names directories of train.py, or .json files that this script wrote")
@@ -469,24 +437,19 @@ if __name__ == "__main__":
         try:
             if source.endswith((".json", ".json.gz")):
                 for result in read_json(source):
-                    if not {"run", "label", "seed", "n", "evals", "curves", *SCORES} <= result.keys():
-                        raise ValueError
                     # the same run may be in two files
                     if result in results:
                         continue
                     if not are_seeds(result["label"], result, results):
                         result["label"] += f" of {source}"
                     results.append(result)
-                continue
-            run = read_json(os.path.join(source, "options.json"))
-            has_reward = run["data"] in TASKS and run["method"] != "sft"
-        except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError):
-            parser.error(f"{source} holds no run of train.py, and nothing that this script wrote")
-        if not has_reward:
-            parser.error(f"{source} has no reward: it trained {run['method']} on {run['data']}")
-        result = from_log(source, run)
-        result["label"] = label_of(result, run, results)
-        results.append(result)
+            else:
+                run = read_json(os.path.join(source, "options.json"))
+                result = from_log(source, run)
+                result["label"] = label_of(result, run, results)
+                results.append(result)
+        except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
+            parser.error(f"{source} holds no run of a sentiment task, and nothing that this script wrote: {error}")
 
     # the runs that are wanted
     labels = by_label(results)
@@ -495,21 +458,16 @@ if __name__ == "__main__":
             parser.error(f"there is no run called {name}: the runs are called {', '.join(labels)}")
     if args.only:
         results = [result for result in results if result["label"] in args.only + args.against]
-    without = [r["run"] for r in results if not all("rewards" in e for e in r["evals"])]
-    if without and args.at_kl:
-        print("note: not compared at equal KL, because they have not kept the samples of all their evaluations: "
-              + ", ".join(without))
 
     # the numbers, tables of them, a figure
-    with open(args.out + ".json", "w", encoding="utf-8") as f:
+    with create(args.out + ".json") as f:
         lines = [json.dumps(result, ensure_ascii=False) for result in results]
         f.write("[" + ",\n".join(lines) + "]\n")
     print("\n" + "\n".join(table(results, args.at_kl)))
-    print("\nmean ± half of a 95 % interval, over seeds or, if that is wider, over samples. In brackets: a 95 % "
-          "bootstrap interval over seeds and prefixes; ± after it: Student's t over seeds. Nats; KLs are sums over a "
-          "response, entropy is a mean over its tokens")
+    print("\n±: half of a 95 % interval, over seeds or, if that is wider, over samples; after brackets Student's t "
+          "over seeds. In brackets: a 95 % bootstrap interval over seeds and prefixes. Nats")
     for against in args.against:
-        print("\n" + "\n".join(differences(results, args.at_kl, against)))
+        print("\n" + "\n".join(differences_from(results, args.at_kl, against)))
     print(f"\nwrote {args.out}.json")
     try:
         draw(mean_logs(references(results) + results), args.out + ".png")

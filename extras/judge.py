@@ -1,7 +1,7 @@
 """Answer the questions of MT-bench or AlpacaEval with a model, in the form that their judges read.
 
     python -m extras.judge --model=DIR --format=mt_bench --prompts=question.jsonl --out=model_answer/NAME.jsonl
-    python -m extras.judge --model=DIR --format=alpaca_eval --prompts=alpaca_eval.json --out=NAME.json
+    python -m extras.judge --model=DIR --format=alpaca_eval --prompts=alpaca_eval.jsonl --out=NAME.json
 
 FastChat and AlpacaEval know the model by the name of the file. In MT-bench the second turn follows the model's first
 answer. Temperature and length are options; neither benchmark's own settings are built in.
@@ -16,34 +16,8 @@ import uuid
 from sample import (DEVICES, chat, create, encode_prompt, generate, load_model, parse, read_prompts, response_text,
                     writable)
 
-# the columns that a question has, and the type of their values
-COLUMNS = {
-    "mt_bench": {"question_id": object, "turns": list},
-    "alpaca_eval": {"instruction": str},
-}
-
-
-def read_questions(path, count, columns):
-    """At most count rows, or all if count is 0, of a .jsonl file or of a .json file with a list, as AlpacaEval's is.
-    Exits at a row that lacks a column."""
-    if path.lower().endswith(".json"):
-        try:
-            with open(path, encoding="utf-8-sig") as f:
-                table = json.load(f)
-        except (OSError, ValueError, RecursionError) as error:
-            sys.exit(f"error: cannot read {path}: {error}")
-        if not isinstance(table, list):
-            sys.exit(f"error: {path} is not a list of questions")
-        rows = [(f"{path} row {number}", row) for number, row in enumerate(table, 1)]
-    else:
-        rows = read_prompts(path)
-    if count:
-        rows = rows[:count]
-    for place, row in rows:
-        for name, kind in columns.items():
-            if not isinstance(row, dict) or not isinstance(row.get(name), kind):
-                sys.exit(f"error: {place} is not a JSON object with {' and '.join(columns)}")
-    return [row for _, row in rows]
+# the columns of a question
+COLUMNS = {"mt_bench": ("question_id", "turns"), "alpaca_eval": ("instruction",)}
 
 
 def answer(model, tokenizer, conversations, args):
@@ -80,25 +54,28 @@ def answer(model, tokenizer, conversations, args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m extras.judge", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint directory or hub id")
-    parser.add_argument("--num_prompts", type=int, default=0, help="at most this many questions; 0, the default: all")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens of an answer at most (%(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature (%(default)s)")
     parser.add_argument("--top_p", type=float, default=0.95, help="nucleus sampling (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same answers (%(default)s)")
     parser.add_argument("--device", default=DEVICES[0], choices=DEVICES, help="where to sample (%(default)s)")
-    parser.add_argument("--prompts", required=True, help=".jsonl file of questions, or .json file with a list of them")
+    parser.add_argument("--prompts", required=True, help=".jsonl file of questions")
     parser.add_argument("--format", required=True, choices=tuple(COLUMNS), help="whose questions and answers these are")
     parser.add_argument("--out", required=True, help="file to write or replace, called after the model")
     args = parse(parser)
     writable(parser, args.out)
-    questions = read_questions(args.prompts, args.num_prompts, COLUMNS[args.format])
+    questions = []
+    for place, row in read_prompts(args.prompts):
+        if not isinstance(row, dict) or not set(COLUMNS[args.format]) <= row.keys():
+            parser.error(f"{place} is not a JSON object with {' and '.join(COLUMNS[args.format])}")
+        questions.append(row)
     model, tokenizer = load_model(args.model, args.device)
 
     name = os.path.splitext(os.path.basename(args.out))[0]
-    # MT-bench's questions have several turns, AlpacaEval's have one; the one wants lines of JSON, the other a list
+    # MT-bench's questions have several turns, and its answers are lines; AlpacaEval's have one turn, and are a list
     if args.format == "mt_bench":
         replies = answer(model, tokenizer, [row["turns"] for row in questions], args)
         with create(args.out) as f:

@@ -1,17 +1,15 @@
-"""Estimate the memory that a run of train.py will take, before it takes it. No weights are loaded or downloaded.
+"""Estimate the memory that a run of train.py takes on a GPU. Of the model only config.json is read.
 
-    python -m extras.memory --init_from=Qwen/Qwen2.5-1.5B                   # TDPO2 on all weights, on one GPU
+    python -m extras.memory --init_from=Qwen/Qwen2.5-1.5B                   # TDPO2 on all weights
     python -m extras.memory --init_from=out/hh-sft --lora_rank=16 --checkpoint_activations=True
     python -m extras.memory --init_from=EleutherAI/pythia-2.8b --method=sft --processes=8
     python -m extras.memory table                                           # write README's table of models that fit
 
-Of the model only config.json is read. train.py's other options are accepted and change nothing, so that the options of
-any run can be tried as they stand.
+The options are those of train.py that bear on memory, and the number of processes. The run computes in bf16. What CUDA
+takes for itself is not counted: leave 5 % of a card free.
 """
 import argparse
 import copy
-import logging
-import math
 import os
 import sys
 
@@ -20,15 +18,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen2Config
 
-import tdpo
+from extras.compare import PROJECT, with_table
 from sample import parse
+from tdpo import CHUNK_BYTES
 
-README = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "README.md")
-# bytes of the largest fp32 logits that the loss holds at once on a GPU; an eighth of it elsewhere
-CHUNK_BYTES = getattr(tdpo, "CHUNK_BYTES", 4096 * 50257 * 4)
-# sizes of cards in GB, and the share of one that a run can count on
-CARDS = (24, 48, 80)
-USABLE = 0.95
+README = os.path.join(PROJECT, "README.md")
 
 
 # -----------------------------------------------------------------------------
@@ -36,96 +30,46 @@ USABLE = 0.95
 
 
 def read_options(argv):
-    """The planned run as an argparse.Namespace. Its `low` says that it computes in bf16."""
-    parser = argparse.ArgumentParser(usage="python -m extras.memory --init_from=MODEL [--key=value ...]",
-                                     description=__doc__, allow_abbrev=False,
+    """The planned run as an argparse.Namespace."""
+    parser = argparse.ArgumentParser(prog="python -m extras.memory", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def add(name, default, comment, **options):
-        parser.add_argument("--" + name, default=default, metavar="", help=f"{comment} [{default}]", **options)
-    add("init_from", "", "the policy: a directory or hub id")
-    add("ref_from", "", "the reference, if it is a different model")
+        parser.add_argument("--" + name, default=default, help=f"{comment} [%(default)s]", **options)
+    parser.add_argument("--init_from", required=True, help="the policy: a directory or hub id")
     add("method", train.method, "sft has no reference; the others take the same", choices=train.CHOICES["method"])
-    add("optimizer", train.optimizer, "rmsprop or adamw", choices=train.CHOICES["optimizer"])
+    add("optimizer", train.optimizer, "adamw keeps twice as much as rmsprop", choices=train.CHOICES["optimizer"])
     add("lora_rank", train.lora_rank, "rank of the adapters; 0 trains all weights", type=int)
-    add("checkpoint_activations", str(train.checkpoint_activations), "compute activations twice rather than keep them",
-        choices=("True", "False"))
-    add("batch_size", train.batch_size, "pairs a step", type=int)
-    add("micro_tokens", train.micro_tokens, "tokens a forward pass; 0 is 8192 on cuda, 1024 elsewhere", type=int)
-    add("device", "cuda", "where the run will be: cuda, mps or cpu", choices=("cuda", "mps", "cpu"))
-    add("dtype", train.dtype, "auto is bfloat16 on cuda, else float32", choices=train.CHOICES["dtype"])
-    # these three are not train.py's
-    add("processes", 1, "processes that share the model, as torchrun starts them", type=int)
-    add("prompt_tokens", 170, "tokens of a prompt; by default those of a long pair of HH, where 9 of 10 are shorter",
-        type=int)
-    add("response_tokens", 172, "tokens of each response, likewise", type=int)
-
-    # the other knobs of train.py do not bear on memory
-    known = set(parser._option_string_actions)
-    for name, value in vars(train).items():
-        if type(value) in (str, int, float, bool) and "--" + name not in known and not name.startswith("_"):
-            parser.add_argument("--" + name, help=argparse.SUPPRESS)
-    run = parse(parser, argv)
-
-    # what is missing, or makes no sense
-    if not run.init_from:
-        parser.error("which model? --init_from=DIRECTORY or a hub id")
-    for name in ("batch_size", "processes", "prompt_tokens", "response_tokens"):
-        if getattr(run, name) < 1:
-            parser.error(f"--{name} must be 1 or more")
-    for name in ("lora_rank", "micro_tokens"):
-        if getattr(run, name) < 0:
-            parser.error(f"--{name} must not be negative")
-    if run.lora_rank and run.processes > 1:
-        parser.error("--lora_rank works in one process; leave it or --processes out")
-
-    # as train.py settles them
-    run.checkpoint_activations = run.checkpoint_activations == "True"
-    if run.dtype == "auto" and run.device == "cuda":
-        run.dtype = "bfloat16"
-    if run.dtype == "auto":
-        run.dtype = "float32"
-    run.low = run.dtype == "bfloat16"
-    if not run.micro_tokens and run.device == "cuda":
-        run.micro_tokens = 8192
-    if not run.micro_tokens:
-        run.micro_tokens = 1024
-    return run
-
-
-def changed(run, **changes):
-    """The same run with some options changed."""
-    return argparse.Namespace(**{**vars(run), **changes})
-
-
-def typical_example(run):
-    """An example of the planned lengths. What its tokens are does not matter."""
-    rejected = [3] * run.response_tokens
-    if run.method == "sft":
-        rejected = []
-    return train.Example("", "", [1] * run.prompt_tokens, [2] * run.response_tokens, rejected)
+    add("checkpoint_activations", train.checkpoint_activations, "compute activations twice instead of keeping them",
+        type=train.true_or_false)
+    add("batch_size", train.batch_size, "pairs in a step", type=int)
+    add("micro_tokens", 8192, "tokens in a forward pass", type=int)
+    add("processes", 1, "processes that share the model", type=int)
+    return parse(parser, argv)
 
 
 def fullest_row(run):
-    """The examples of a full pass: as many as micro_tokens or a step's batch holds, and at least one."""
-    example = typical_example(run)
+    """The examples of a full pass: as many as micro_tokens or a step's batch holds, and at least one. They are as long
+    as a long pair of HH, where 9 of 10 are shorter. The tokens do not matter."""
+    rejected = [3] * 172
+    if run.method == "sft":
+        rejected = []
+    example = train.Example("", "", [1] * 170, [2] * 172, rejected)
     count = min(run.batch_size, run.micro_tokens // train.size(example))
     return [example] * max(1, count)
 
 
 # -----------------------------------------------------------------------------
-# what it takes
+# the memory that it takes
 
 
-def memory_needs(run, config, ref_config, examples):
-    """{what: bytes} that a training step takes in one process of the run, whose rows hold these examples.
-
-    config, ref_config: transformers' configurations of policy and reference; the latter is None if the reference starts
-    as a copy of the policy. Models are built, and the policy's pass is run, on tensors without data."""
+def memory_needs(run, config, examples):
+    """{name: bytes} of the shares of a training step in one process, for a row that holds these examples. config is
+    transformers' configuration of the policy. The models are built, and the pass is run, on tensors without data."""
     with FakeTensorMode():
         model = build(config)
         if run.lora_rank:
-            train.adapt(model, run.lora_rank, run.low)
+            train.adapt(model, run.lora_rank, low=True)
         trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
 
         # RMSprop keeps one number for each weight that is trained, AdamW two
@@ -139,11 +83,11 @@ def memory_needs(run, config, ref_config, examples):
             "reference": 0,
         }
 
-        # adapters need no second model: the reference is the policy without them, unless a different one is named
-        if run.method != "sft" and (ref_config or not run.lora_rank):
-            needs["reference"] = weight_bytes(build_reference(run, ref_config or config), run.processes)
+        # adapters need no second model: the reference is the policy without them
+        if run.method != "sft" and not run.lora_rank:
+            needs["reference"] = weight_bytes(build_reference(config), run.processes)
         needs["activations"] = activation_bytes(run, model, examples)
-        needs["loss"] = loss_bytes(run, model, examples)
+        needs["loss"] = loss_bytes(model, examples)
     return needs
 
 
@@ -159,38 +103,32 @@ def build(config):
     return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
 
 
-def build_reference(run, config):
-    """The reference. Under autocast train.py keeps its linear layers in bf16 if that loses nothing, which is so for
-    weights that were saved in bf16."""
+def build_reference(config):
+    """The reference. train.py keeps its linear layers in bf16 if that loses nothing, which is so for weights that were
+    saved in bf16."""
     ref = build(config)
-    if run.low and config.dtype == torch.bfloat16:
+    if config.dtype == torch.bfloat16:
         for layer in train.linear_layers(ref):
             layer.weight = torch.nn.Parameter(layer.weight.bfloat16(), requires_grad=False)
     return ref
 
 
 def weight_bytes(model, processes):
-    """Bytes of a model's weights in one process. FSDP spreads the blocks; what is in no block stays gathered after its
-    first use, because the loss takes the output layer outside the model."""
-    spread = {id(p) for block in train.blocks_of(model) for p in block.parameters()}
-    count = 0
-    for p in model.parameters():
-        if id(p) in spread:
-            count += p.nbytes / processes
-        else:
-            count += p.nbytes
-    return count
+    """Bytes of a model's weights in one process. FSDP spreads the blocks; everything outside them stays gathered after
+    its first use, because the loss takes the output layer outside the model."""
+    spread = sum(p.nbytes for block in train.blocks_of(model) for p in block.parameters())
+    everything = sum(p.nbytes for p in model.parameters())
+    return everything - spread + spread / processes
 
 
 def activation_bytes(run, model, examples):
-    """Bytes that the policy's pass over a row keeps for its backward pass; 0 if they cannot be estimated."""
+    """Bytes that the policy's pass over a row keeps for its backward pass."""
     model.set_attn_implementation("pair_attention")
     batch = train.collate(examples)
-    if run.device == "cuda":
-        # FlexAttention cannot run without data, but keeps as much as attention without a mask does
-        batch["attention"] = {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool)}
+    # FlexAttention cannot run without data, but keeps as much as attention without a mask does
+    batch["attention"] = {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool)}
 
-    # each storage once, and none that holds weights
+    # each storage counts once, and those of the weights not at all
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     kept = {}
 
@@ -199,117 +137,56 @@ def activation_bytes(run, model, examples):
         if storage._cdata not in weights:
             kept[storage._cdata] = storage
         return x
-    # the error that follows says enough
-    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            with torch.autocast("cpu", torch.bfloat16, enabled=run.low):
+            with torch.autocast("cpu", torch.bfloat16):
                 train.response_states(model.base_model, model, batch)
-    except Exception as error:      # models raise what they like, above all where the data choose a token's expert
-        reason = str(error).split("\n")[0]
-        print(f"note: the activations of {type(model).__name__} could not be estimated: {reason}", file=sys.stderr)
-        return 0
-
-    # on Linux train.py has torch take whole huge pages for large buffers on the CPU
-    page = 1
-    if run.device == "cpu":
-        page = 2**21
-    count = 0
-    for storage in kept.values():
-        size = storage.nbytes()
-        if size >= page:
-            size = math.ceil(size / page) * page
-        count += size
+    except Exception as error:      # models raise what they like, above all if the data choose a token's expert
+        sys.exit(f"error: the activations of {type(model).__name__} cannot be computed without data: {error}")
+    count = sum(storage.nbytes() for storage in kept.values())
     if not run.checkpoint_activations:
         return count
 
     # checkpointed, the inputs of all blocks are kept, and what one block keeps. But autocast keeps its bf16 copies of
     # all trained weights, unless FSDP gathers them in bf16, block by block
     copies = 0
-    if run.low and not run.lora_rank and run.processes == 1:
+    if not run.lora_rank and run.processes == 1:
         copies = sum(2 * layer.weight.numel() for layer in train.linear_layers(model))
     blocks = len(train.blocks_of(model))
-    if blocks == 0:
-        sys.exit(f"error: --checkpoint_activations=True: {type(model).__name__} names no blocks; leave it out")
-    width = model.get_output_embeddings().weight.shape[1]
-    inputs = 4 * batch["ids"].numel() * width
-    return copies + max(count - copies, 0) / blocks + blocks * inputs
+    inputs = 4 * batch["ids"].numel() * model.get_output_embeddings().weight.shape[1]
+    return copies + (count - copies) / blocks + blocks * inputs
 
 
-def loss_bytes(run, model, examples):
-    """Bytes that the fused loss takes beside the hidden states."""
-    # logits of policy and reference for a chunk of tokens, and the gradient of the former
+def loss_bytes(model, examples):
+    """Bytes that the loss takes beside the hidden states."""
+    # of a chunk of tokens the logits of policy and reference, and the gradient of the former
     output = model.get_output_embeddings().weight
     labels = sum(len(example.chosen) + len(example.rejected) for example in examples)
-    budget = CHUNK_BYTES
-    if run.device != "cuda":
-        budget = CHUNK_BYTES // 8
-    count = 3 * min(budget, 4 * labels * len(output))
+    count = 3 * min(CHUNK_BYTES, 4 * labels * len(output))
 
-    # the output layer's gradient and a chunk's part of it, and both output layers in bf16
+    # both output layers in bf16, and the output layer's gradient and a chunk's part of it
+    count += 2 * 2 * output.numel()
     if output.requires_grad:
         count += 2 * 4 * output.numel()
-    if run.low:
-        count += 2 * 2 * output.numel()
     return count
 
 
-# -----------------------------------------------------------------------------
-# what is printed
-
-
-def smaller_runs(run):
-    """{an option to add: the run with it} for what may take less memory."""
-    found = {}
-    if not run.checkpoint_activations:
-        found["--checkpoint_activations=True"] = changed(run, checkpoint_activations=True)
-    half = run.micro_tokens // 2
-    if half >= train.size(typical_example(run)):
-        found[f"--micro_tokens={half}"] = changed(run, micro_tokens=half)
-    if not run.lora_rank and run.processes == 1:
-        found["--lora_rank=16"] = changed(run, lora_rank=16)
-    if not run.lora_rank:
-        found[f"--processes={2 * run.processes}"] = changed(run, processes=2 * run.processes)
-    return found
-
-
 def report(run):
-    """Print what the run takes, which cards hold it, and which options would take less."""
-    # a hub that is not there, a name that does not exist, a model without a causal form: transformers says which
-    ref_config = None
-    try:
-        config = AutoConfig.from_pretrained(run.init_from, trust_remote_code=False)
-        if run.ref_from:
-            ref_config = AutoConfig.from_pretrained(run.ref_from, trust_remote_code=False)
-        examples = fullest_row(run)
-        needs = memory_needs(run, config, ref_config, examples)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: cannot plan a run from {run.init_from}: {error}")
-    peak = peak_bytes(needs)
-
+    """Print the shares of the run and their sum."""
+    examples = fullest_row(run)
+    needs = memory_needs(run, AutoConfig.from_pretrained(run.init_from), examples)
     tokens = sum(train.size(example) for example in examples)
-    print(f"{run.init_from}: {run.method}, device {run.device}, dtype {run.dtype}, processes {run.processes}; a pass "
-          f"takes {len(examples)} examples, {tokens} tokens in all")
-    for name, count in needs.items():
+    print(f"{run.init_from}: in each process, with {len(examples)} examples of {tokens} tokens in a pass")
+    for name, count in {**needs, "at the peak": peak_bytes(needs)}.items():
         print(f"{name:12}{count / 2**30:8.2f} GiB")
-    print(f"{'at the peak':12}{peak / 2**30:8.2f} GiB in each process")
-    if run.device == "cuda":
-        for size in CARDS:
-            verdict = "too small"
-            if peak <= USABLE * size * 2**30:
-                verdict = "large enough"
-            print(f"a card of {size} GB is {verdict}, if {USABLE:.0%} of it is free")
-    else:
-        print("not counted: what Python and its libraries take")
-
-    print("\nwhat it would take with")
-    for option, smaller in smaller_runs(run).items():
-        count = peak_bytes(memory_needs(smaller, config, ref_config, fullest_row(smaller)))
-        print(f"{option:32}{count / 2**30:8.2f} GiB")
 
 
 # -----------------------------------------------------------------------------
 # README's table
+
+# sizes of cards in GB, and the share of one that a run can count on
+CARDS = (24, 48, 80)
+USABLE = 0.95
 
 
 def qwen(width, middle, layers, heads):
@@ -334,36 +211,31 @@ MODELS = {
 
 
 def table_row(name):
-    """What fits on each card: full training, adapters (LoRA); with a star where activations have to be checkpointed."""
-    run = read_options([f"--init_from={name}"])
+    """The kinds of run that fit on each card, with a star if activations have to be checkpointed for that."""
     cells = {size: [] for size in CARDS}
-    for what, rank in (("full", 0), ("LoRA", 16)):
+    for kind, rank in (("full", 0), ("LoRA", 16)):
         for star, checkpointed in (("", False), ("*", True)):
-            planned = changed(run, lora_rank=rank, checkpoint_activations=checkpointed)
-            peak = peak_bytes(memory_needs(planned, MODELS[name], None, fullest_row(planned)))
+            run = read_options([f"--init_from={name}", f"--lora_rank={rank}",
+                                f"--checkpoint_activations={checkpointed}"])
+            peak = peak_bytes(memory_needs(run, MODELS[name], fullest_row(run)))
             for size, cell in cells.items():
-                if peak <= USABLE * size * 2**30 and what not in cell:
-                    cell.append(what + star)
+                if peak <= USABLE * size * 2**30 and kind not in cell:
+                    cell.append(kind + star)
     columns = [", ".join(cell) or "–" for cell in cells.values()]
     return f"| {name} | {' | '.join(columns)} |"
 
 
-def write_table(path=README):
-    """Write the table between its two markers in README."""
+def table():
+    """The lines of the table."""
     lines = ["| | " + " | ".join(f"{size} GB" for size in CARDS) + " |", "|---" * (1 + len(CARDS)) + "|"]
-    lines += [table_row(name) for name in MODELS]
-    with open(path, encoding="utf-8") as f:
-        before, start, rest = f.read().partition("<!-- table fits -->\n")
-    _, end, after = rest.partition("<!-- end -->")
-    if not end:
-        sys.exit(f"error: {path} has no two lines <!-- table fits --> and <!-- end -->; the table goes between them")
-    with open(path, "w", encoding="utf-8") as f:
-        f.write(before + start + "\n".join(lines) + "\n" + end + after)
+    return lines + [table_row(name) for name in MODELS]
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["table"]:
-        write_table()
-        print(f"wrote the table of models that fit to {README}")
+        with open(README, encoding="utf-8") as f:
+            text = with_table(f.read(), "fits", table())
+        with open(README, "w", encoding="utf-8") as f:
+            f.write(text)
     else:
         report(read_options(sys.argv[1:]))

@@ -8,16 +8,17 @@ TF-IDF of words and pairs of words, fitted to beginnings of IMDb's training revi
 imdb.parquet has text, label (1 is positive) and split. second.json is first.json with the second classifier's rewards.
 The samples are read from the runs that first.json names.
 """
+import argparse
 import collections
-import gzip
 import json
 import os
 import re
-import sys
 
 import numpy as np
 import torch
 from datasets import load_dataset
+
+from extras.compare import read_json
 
 WORDS = 22              # in a stretch of a review, which is the mean length of a prefix with its completion
 
@@ -42,8 +43,12 @@ def matrix(texts):
     return torch.sparse_coo_tensor([rows, columns], values, shape, dtype=torch.float32).to_sparse_csr()
 
 
-texts_file, results_file, out = sys.argv[1:]
-table = load_dataset("parquet", data_files=texts_file, split="train").to_dict()
+parser = argparse.ArgumentParser(prog="python -m extras.second", description=__doc__,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+for name in ("reviews", "results", "out"):
+    parser.add_argument(name)
+args = parser.parse_args()
+table = load_dataset("parquet", data_files=args.reviews, split="train").to_dict()
 reviews = {"train": [], "test": []}
 for text, label, split in zip(table["text"], table["label"], table["split"]):
     if split not in reviews:            # IMDb's unlabelled ones
@@ -89,8 +94,7 @@ accuracy = ((positive(x) > 0.5) == (y > 0.5)).float().mean()
 print(f"{len(index)} terms; accuracy {accuracy:.4f} on the first {WORDS} words of {len(y)} test reviews")
 
 # the samples of every evaluation
-opener = gzip.open if results_file.endswith(".gz") else open
-results = json.load(opener(results_file, "rt", encoding="utf-8"))
+results = read_json(args.results)
 agreement = []
 for run in results:
     for e in run["evals"]:
@@ -103,5 +107,5 @@ for run in results:
         e["reward_se"] = float(np.std(scores, ddof=1) / len(scores)**0.5)
     run["reward"], run["reward_se"] = run["evals"][-1]["reward"], run["evals"][-1]["reward_se"]
 print(f"correlation with the first classifier's, sample by sample: {np.mean(agreement):.3f}")
-with open(out, "w", encoding="utf-8") as f:
+with open(args.out, "w", encoding="utf-8") as f:
     f.write("[" + ",\n".join(json.dumps(run, ensure_ascii=False) for run in results) + "]\n")

@@ -25,8 +25,8 @@ p {{ white-space: pre-wrap; margin: 0.4em 0 }}</style>
 {body}
 """
 
-# a piece of text. color: (red, green, blue) behind it, or None; note: what a page shows when the mouse is on it
-Span = namedtuple("Span", "text color note", defaults=(None, ""))
+# a piece of text, and the color behind it: (red, green, blue), or None
+Span = namedtuple("Span", "text color", defaults=(None,))
 
 
 def color_of(share):
@@ -60,7 +60,7 @@ def shaded(texts, values, name):
         # tokens without text count with the character that they begin
         nats += value
         if text:
-            spans.append(Span(text, color_of(nats / whole), f"{nats:.3f} nats"))
+            spans.append(Span(text, color_of(nats / whole)))
             nats = 0.0
     return spans + [Span(f" [{name} {values.sum():.2f} nats]")]
 
@@ -81,7 +81,7 @@ def on_page(span):
     if span.color is None:
         return text
     red, green, blue = span.color
-    return f'<span style="background: rgb({red},{green},{blue})" title="{span.note}">{text}</span>'
+    return f'<span style="background: rgb({red},{green},{blue})">{text}</span>'
 
 
 def written(spans, write):
@@ -90,8 +90,8 @@ def written(spans, write):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m extras.show", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--show", default="kl", choices=("kl", "logratio", "surprisal"),
                         help="shade by KL(ref || model), log pi - log ref or -log pi (%(default)s)")
     parser.add_argument("--html", default="", help="page to write or replace")
