@@ -1340,7 +1340,7 @@ def test_sft_takes_sft_data(options, row, prompt, response):
     (found,), _ = read([row], tokenizer, method="sft")
     assert [tokenizer.decode(found.prompt), tokenizer.decode(found.chosen), found.rejected] == [prompt, response, []]
     # a text that is learned whole has no prompt to show
-    assert found.text == (None if "text" in row else prompt)
+    assert found.prompt_text == (None if "text" in row else prompt)
     with pytest.raises(SystemExit, match="turns of the user after the shared prompt"):
         read([dict(messages=turns("q", "y", "r"))], spelled(**CHATS), method="sft")
 
@@ -1352,7 +1352,7 @@ def test_every_row_is_accounted_for(capsys):
         with mock.patch.multiple(train, eval_pairs=eval_pairs, seed=1):
             rest, held = train.hold_out(pairs)
         assert sorted(rest + held) == sorted(pairs) and held_out - 3 < len(held) <= held_out
-        apart = not {example.text for example in rest} & {example.text for example in held}
+        apart = not {x.prompt_text for x in rest} & {x.prompt_text for x in held}
         assert apart == ("in both parts" not in capsys.readouterr().out) == (prompts > 3)
 
 
@@ -1505,22 +1505,17 @@ def test_responses_are_measured_as_defined(compiled, monkeypatch):
 def test_prompts_are_lines_of_json_or_of_text(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [dict(prompt="q"), dict(prompt=turns("q"))]
-    write_lines("a.jsonl", ["\ufeff" + json.dumps(rows[0]), "", rows[1], "{broken"])
-    gzip.open("A.JSONL.gz", "wb").write(open("a.jsonl", "rb").read())
-    for name in ("a.jsonl", "A.JSONL.gz"):
-        assert sample.read_prompts(name, 2) == [(f"{name} line 1", rows[0]), (f"{name} line 3", rows[1])]
-        with pytest.raises(SystemExit, match=f"{name} line 4 is not JSON"):
-            sample.read_prompts(name)
+    write_lines("a.jsonl", ["\ufeff" + json.dumps(rows[0]), "", rows[1]])
     write_lines("a.txt", ["q", "{broken", " "])
+    assert sample.read_prompts("a.jsonl") == [("a.jsonl line 1", rows[0]), ("a.jsonl line 3", rows[1])]
     assert sample.read_prompts("a.txt") == [(f"a.txt line {n}", dict(prompt=x)) for n, x in ((1, "q"), (2, "{broken"))]
     pathlib.Path("latin.txt").write_bytes("q\né".encode("latin1"))
-    pathlib.Path("not.txt.gz").write_bytes(b"q")
-    write_lines("list.jsonl", ["[1]"])
+    write_lines("broken.jsonl", [rows[0], "{broken"])
     write_lines("a.csv", ["prompt", "q"])
     write_lines("empty.txt", [])
-    for name, said in (("list.jsonl", "line 1 is not a JSON object"), ("latin.txt", "line 2 is not UTF-8"),
-                       ("a.csv", "is not a .jsonl or .txt file"), ("not.txt.gz", "cannot read"),
-                       ("nowhere.jsonl", "cannot read"), ("empty.txt", "has no prompts")):
+    for name, said in (("broken.jsonl", "cannot read broken.jsonl, line 2: "), ("latin.txt", "cannot read latin.txt"),
+                       ("a.csv", "is not a .jsonl or .txt file"), ("nowhere.jsonl", "cannot read nowhere.jsonl"),
+                       ("empty.txt", "has no prompts")):
         with pytest.raises(SystemExit, match=f"^error: .*{said}"):
             sample.read_prompts(name)
     tokenizer = spelled(**CHATS)
@@ -1528,7 +1523,7 @@ def test_prompts_are_lines_of_json_or_of_text(tmp_path, monkeypatch):
     assert sample.prompt_text(tokenizer, "here", rows[0], as_chat=True) == ASKED
     assert sample.prompt_text(tokenizer, "here", rows[1]) == ASKED
     assert "<im>system\nbe<end>" in sample.prompt_text(tokenizer, "here", dict(rows[1], system="be", tools=None))
-    for row, said in ((dict(text="q"), 'has no "prompt"'),
+    for row, said in ((dict(text="q"), 'has no "prompt"'), (["q"], 'has no "prompt"'),
                       (dict(prompt="q", tools=[1]), "has system or tools beside text")):
         with pytest.raises(SystemExit, match="error: here " + said):
             sample.prompt_text(tokenizer, "here", row)
@@ -2471,7 +2466,7 @@ def test_output_is_created_when_it_is_written_and_not_before(runs, broken_models
     write_lines("broken.jsonl", ["{"])
     write_lines("mine.jsonl", ["mine"])
     for code, said, *options in (
-        (1, "not JSON", "--model=tdpo2", "--prompts=broken.jsonl"),
+        (1, "cannot read broken.jsonl, line 1", "--model=tdpo2", "--prompts=broken.jsonl"),
         (1, "not finite", "--model=nan-weights", "--prompt=q"),
         (2, "top_p", "--model=tdpo2", "--prompt=q", "--top_p=0"),
     ):
