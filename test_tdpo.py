@@ -2041,7 +2041,7 @@ def test_any_number_of_processes_ends_where_one_does(runs, words, name, parts, o
         for x, y in zip(steps_of("bf16-whole"), steps_of("bf16-parts")):
             assert x["loss"] == approx(y["loss"], rel=3e-4) and x["grad_norm"] == approx(y["grad_norm"], rel=1e-3)
         # and so they sample
-        options = ["--init_from=bf16", "--dtype=bfloat16", "--out_dir=bf16-task", "--max_steps=1"]
+        options = ["--init_from=bf16", "--dtype=bfloat16", "--out_dir=bf16-task", "--max_steps=1", "--max_new_tokens=8"]
         codes, (out, *_) = many(2, *TASK, *options)
         first, last = [x for x in log_of("bf16-task") if "eval_reward" in x]
         assert codes == [0, 0] and first["eval_sample_kl"] == 0 < last["eval_sample_kl"], out
@@ -2232,7 +2232,7 @@ def importing_the_copies():
 
 def test_every_assignment_among_the_knobs_is_an_option(runs, tmp_path):
     program = edited_programs(tmp_path, ("train.py", "# model\ninit_from", "gamma = 0.5 # é, 5 % of it\n"
-                                         + 100 * "-".join("##") + "\ndelta = 3\n# model\ninit_from"))
+                                         + "# " + 100 * "-" + "\ndelta = 3\n# model\ninit_from"))
     out = says(0, "usage: python train.py", program, "--help")
     assert re.search(r"--gamma +é, 5 % of it \[0.5\]\n +--delta +\[3\]\n +--init_from +\S", out), out
     assert all(re.search(rf"^  --{name}\s+\S", out, re.M) for name in train.configure(["--out_dir=x"]))
@@ -2247,11 +2247,15 @@ def test_a_knob_of_the_objective_takes_three_places(runs, tmp_path):
         ("tdpo.py", "loss(method, w, l, beta=0.1, **", "loss(method, w, l, beta=0.1, gamma=0, **"),
         ("train.py", "beta=beta, alpha=alpha)", "beta=beta, alpha=alpha, gamma=gamma)"))
     for gamma in (0.5, 2):
-        options = on_pairs(f"gamma-{gamma}", f"--gamma={gamma}", "--max_steps=1")
+        options = on_pairs(f"gamma-{gamma}", f"--gamma={gamma}", "--max_steps=2", "--beta=0.3", "--alpha=0.7")
         says(0, f"saved gamma-{gamma}", program, *options, before=importing_the_copies)
         first = log_of(f"gamma-{gamma}")[0]
         assert first["eval_loss"] == approx(math.log(1 + math.exp(gamma)), abs=1e-6)
         assert json.load(open(f"gamma-{gamma}/options.json"))["gamma"] == gamma
+        # and the others were handed over, too
+        last = steps_of(f"gamma-{gamma}")[-1]
+        v = last["logratio_w"] - last["logratio_l"] - 0.7 * (last["kl_l"] - last["kl_w"])
+        assert last["margin"] == approx(0.3 * v, rel=1e-3, abs=1e-6) and abs(v) > 1e-4
     assert "gamma" in text_of(os.path.abspath("gamma-2/tdpo.py"))
 
 
