@@ -141,7 +141,7 @@ def numeric(f, x):
 
 
 def random_case(seed=0, B=6, T=6, V=5):
-    """Logits and labels (B, T) with a prompt of 1 to 3 tokens before and padding behind, and rows of three pairs."""
+    """Logits and labels (B, T) with a prompt of 1 to 3 tokens before it and padding after it, and rows of three pairs."""
     g = torch.Generator().manual_seed(seed)
     pi, ref = (torch.randn(B, T, V, generator=g, dtype=torch.float64) for _ in range(2))
     labels = torch.randint(0, V, (B, T), generator=g)
@@ -166,7 +166,7 @@ def fused_case(seed=0, pairs=5, d=6, V=11, dtype=torch.float64):
 
 
 def cast(case, dtype):
-    """A fused case in another dtype; hidden and weight take a gradient."""
+    """A fused case in a different dtype; hidden and weight take a gradient."""
     case = [x.detach().to(dtype) if x.is_floating_point() else x for x in case]
     return [x.requires_grad_(n < 2) if x.is_floating_point() else x for n, x in enumerate(case)]
 
@@ -234,7 +234,7 @@ def test_value_and_gradient_equal_the_slow_loop(name, monkeypatch):
             assert found == approx(list(sums[s][:4]), rel=1e-10)
         assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-8) for a, b in gradients)
 
-    # from logits: every response is a row behind a prompt of 1 to 3 tokens, and logits at t predict token t + 1
+    # from logits: every response is a row that follows a prompt of 1 to 3 tokens, and logits at t predict token t + 1
     pi, ref, rows = torch.randn(8, 12, 4).double(), torch.randn(8, 12, 4).double(), torch.full((8, 12), -100)
     places = [(s, s % 3 + n) for s in range(8) for n in range((sequence == s).sum())]
     order, places = sequence.argsort(stable=True), tuple(torch.tensor(places).T)
@@ -677,7 +677,7 @@ def losses_of_sequences(model, ref, examples):
 
 @pytest.fixture
 def eager_flex(monkeypatch):
-    """FlexAttention on a CPU, forward and backward, uncompiled: compiling it here would only test another kernel."""
+    """FlexAttention on a CPU, forward and backward, uncompiled: compiling it here would only test a different kernel."""
     def attention(*args, training=False, **options):
         return flex.flex_attention(*args, **options)
     monkeypatch.setattr(flex, "_validate_device", lambda *args: None)
@@ -1040,7 +1040,7 @@ LORA = ["--lora_rank=3", "--eval_interval=3"]
 
 @pytest.mark.parametrize("options", ([], ["--dtype=bfloat16", "--optimizer=adamw"], ["--method=sft"]))
 def test_adapters_are_trained_saved_merged_and_resumed(runs, options):
-    """state.pt has them alone; the directory is an ordinary model; the reference is the model without them."""
+    """state.pt holds only them; the directory is an ordinary model; the reference is the model without them."""
     name = "lora" + "".join(options)
     trained(name + "-whole", *LORA, *options, "--max_steps=6")
     trained(name, *LORA, *options, "--max_steps=3")
@@ -1062,7 +1062,7 @@ def test_adapters_are_trained_saved_merged_and_resumed(runs, options):
 
 
 def test_adapters_go_on_with_the_weights_that_they_were_put_on(runs):
-    """state.pt has not got them; the reference is another model."""
+    """state.pt does not hold these; the reference is a different model."""
     shutil.copytree("sft", "base")
     trained("moved", *LORA, "--init_from=base", "--ref_from=sft", "--max_steps=2")
     model, tokenizer = sample.load_model("base")
@@ -1070,7 +1070,7 @@ def test_adapters_go_on_with_the_weights_that_they_were_put_on(runs):
         model.transformer.h[0].mlp.c_fc.weight += 0.1
     model.save_pretrained("base")
     says(1, "the data or the model that the run", "train.py", "--resume=True", "--out_dir=moved", "--max_steps=4")
-    # adapters of other names, as of another version of transformers, are not dropped
+    # adapters of other names, as of a different version of transformers, are not dropped
     trained("renamed", *LORA, "--max_steps=2")
     state = torch.load("renamed/state.pt")
     state["weights"] = {name.replace("transformer.", "model."): x for name, x in state["weights"].items()}
@@ -1760,7 +1760,7 @@ def same_numbers(a, b):
 
 
 def test_imports_run_downwards():
-    """tdpo <- sample <- eval_imdb <- train, and tdpo.py needs torch alone."""
+    """tdpo <- sample <- eval_imdb <- train, and tdpo.py needs only torch."""
     downwards = {"tdpo": set(), "sample": {"tdpo"}, "eval_imdb": {"sample"}, "train": {"tdpo", "sample", "eval_imdb"}}
     for name, below in downwards.items():
         found = set(re.findall(r"^ *(?:from|import) (\w+)", text_of(name + ".py"), re.M))
@@ -1844,7 +1844,7 @@ def test_micro_batches_change_no_number(runs, method):
 
 
 def compile_eagerly():
-    """Dynamo without a compiler behind it; more graphs than its limit are an error."""
+    """Dynamo with no compiler after it; more graphs than its limit are an error."""
     torch.compile = functools.partial(torch.compile, backend="eager")
     torch._dynamo.config.fail_on_recompile_limit_hit, torch._dynamo.config.recompile_limit = True, 3
 
@@ -2137,7 +2137,7 @@ def test_a_signal_saves_nothing_broken_and_a_second_one_leaves_at_once(runs):
     assert not glob.glob("signals[12]/state.pt")
 
 
-def test_a_signal_leaves_nobody_behind(runs):
+def test_a_signal_ends_every_process(runs):
     """While the embedded task trains its SFT model, in a process of its own."""
     run = Run("train.py", "--out_dir=nobody/run")
     run.wait_for(lambda: os.path.exists("nobody/reviews-sft-1-new/.lock"))
@@ -2148,7 +2148,7 @@ def test_a_signal_leaves_nobody_behind(runs):
 
 
 def test_kills_leave_the_last_save(runs):
-    """SIGKILL at random moments of a run that saves at every step; every other falls into a save, or just behind it."""
+    """SIGKILL at random moments of a run that saves at every step; every other one falls into a save or just after it."""
     rng, step, lost = np.random.default_rng(), 0, 0
     options = on_pairs("kills", "--max_steps=100000", "--log_interval=1000", "--save_interval=1", "--eval_pairs=2")
 
