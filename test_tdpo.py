@@ -141,7 +141,7 @@ def numeric(f, x):
 
 
 def random_case(seed=0, B=6, T=6, V=5):
-    """Logits and labels (B, T) with a prompt of 1 to 3 tokens before it and padding after it, and rows of three pairs."""
+    """Logits and labels (B, T) with a prompt of 1 to 3 tokens and padding after the response; rows of three pairs."""
     g = torch.Generator().manual_seed(seed)
     pi, ref = (torch.randn(B, T, V, generator=g, dtype=torch.float64) for _ in range(2))
     labels = torch.randint(0, V, (B, T), generator=g)
@@ -677,7 +677,7 @@ def losses_of_sequences(model, ref, examples):
 
 @pytest.fixture
 def eager_flex(monkeypatch):
-    """FlexAttention on a CPU, forward and backward, uncompiled: compiling it here would only test a different kernel."""
+    """FlexAttention on a CPU, forward and backward, uncompiled: compiled it would be a different kernel."""
     def attention(*args, training=False, **options):
         return flex.flex_attention(*args, **options)
     monkeypatch.setattr(flex, "_validate_device", lambda *args: None)
@@ -2148,7 +2148,7 @@ def test_a_signal_ends_every_process(runs):
 
 
 def test_kills_leave_the_last_save(runs):
-    """SIGKILL at random moments of a run that saves at every step; every other one falls into a save or just after it."""
+    """SIGKILL at random moments of a run that saves at every step; every other kill falls into a save."""
     rng, step, lost = np.random.default_rng(), 0, 0
     options = on_pairs("kills", "--max_steps=100000", "--log_interval=1000", "--save_interval=1", "--eval_pairs=2")
 
