@@ -1,4 +1,5 @@
-"""Tests of the four programs: python -m pytest -q. They need no GPU and no network, and take under three minutes.
+"""Tests of the four programs: python -m pytest -q -n 2. They need no GPU and no network, and take under three minutes;
+without -n 2 (pytest-xdist, two processes) they take half again as long.
 
 TDPO_KILLS=20 kills a run more often, TDPO_RUNS=100 starts more runs under torchrun, and TDPO_STEPS=500 watches the
 memory of a run for longer.
@@ -11,7 +12,6 @@ import functools
 import glob
 import gzip
 import importlib.util
-import itertools
 import itertools
 import json
 import logging
