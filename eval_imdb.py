@@ -447,7 +447,7 @@ if __name__ == "__main__":
         texts = load_texts(run["data"], run["texts"])
     for path in scored:
         model, tokenizer = policies[path]
-        ref = load_reference(run["ref_from"] or run["init_from"], model, tokenizer)
+        ref = load_reference(run["ref_from"] or run["init_from"], tokenizer, model.device)
         count = args.eval_prefixes or run["eval_prefixes"]
         prefixes = task_prefixes(texts, tokenizer, run["seed"], 0, count)["test"]
         scores, _ = score_policy(model, ref, tokenizer, prefixes, score, run["max_new_tokens"], args.seed)
