@@ -225,13 +225,12 @@ def opening(tokenizer):
 
 
 def encode_prompt(tokenizer, text):
-    """Token ids of a prompt: the tokenizer's `opening`, once, and those of the text, without any that the tokenizer
-    appends. An empty prompt is one BOS (or EOS)."""
     return encode_prompts(tokenizer, [text])[0]
 
 
 def encode_prompts(tokenizer, texts):
-    """The same of several texts, at least one, in one call of the tokenizer, which then uses all cores."""
+    """Token ids of prompts, of one at least: the tokenizer's `opening`, once, and those of the text, without any that
+    the tokenizer appends. An empty prompt is one BOS (or EOS)."""
     first = opening(tokenizer)
     encoded = []
     for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:

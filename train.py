@@ -105,13 +105,13 @@ max_new_tokens = 64         # longest completion, and longest answer in the samp
 min_score_gap = 0.1         # pairs are dropped if their rewards differ by no more than this
 # optimization (the paper's values)
 epochs = 1.0                # passes over the pairs
-max_steps = 0               # steps, instead of epochs; 0: epochs counts
+max_steps = 0               # steps, instead of epochs
 batch_size = 64             # pairs in a step
 micro_tokens = 0            # tokens in a forward pass; 0: 8192 on cuda, 1024 elsewhere; changes memory, but no result
 optimizer = "rmsprop"       # rmsprop or adamw
-learning_rate = 5e-6        # the highest rate, reached at the end of the warm-up
+learning_rate = 5e-6        # after the warm-up
 warmup_steps = 150          # steps of linear warm-up
-lr_decay = "constant"       # the rate after the warm-up: constant, or linear or cosine to 0 at the last step
+lr_decay = "constant"       # after the warm-up: constant, or linear or cosine to 0 at the last step
 grad_clip = 10.0            # largest gradient norm; 0 turns clipping off
 # the run
 out_dir = ""                # becomes an ordinary Hugging Face directory; default: out/DATA-METHOD
@@ -156,8 +156,8 @@ PRESETS = {
     "imdb sft": {"init_from": "gpt2-large", "learning_rate": 1e-5},
 }
 # a resumed run may change these
-CHANGEABLE = ("resume", "overwrite", "epochs", "max_steps", "eval_interval", "save_interval", "log_interval",
-              "wandb_log", "micro_tokens", "checkpoint_activations", "device", "compile", "out_dir")
+CHANGEABLE = ("resume", "overwrite", "max_steps", "eval_interval", "save_interval", "log_interval", "wandb_log",
+              "micro_tokens", "checkpoint_activations", "device", "compile", "out_dir")
 
 
 def read_knobs():
@@ -230,8 +230,10 @@ def configure(argv):
             parser.error(f"--resume=True: the run in {folder} cannot be continued: {error}")
         base.update(resume=True, overwrite=False)
         changed = [name for name in given if name not in CHANGEABLE and given[name] != base[name]]
-    # epochs replace the steps of a preset or of the run that is resumed
-    if "epochs" in given:
+        # a rate that decays is at its end at the last step
+        if base["lr_decay"] != "constant" and given.get("max_steps", base["max_steps"]) != base["max_steps"]:
+            changed.append("max_steps")
+    elif "epochs" in given:
         base["max_steps"] = 0
     c = argparse.Namespace(**{**defaults, **base, **given, "out_dir": folder})
 
@@ -267,7 +269,7 @@ def configure(argv):
         (ignored, f"--{' --'.join(ignored)} would be ignored with --method={c.method} --data={c.data}: leave it out"),
         (c.max_prompt_length >= c.max_length and not (task and sft),
          "--max_prompt_length leaves no room for a response within --max_length"),
-        ("epochs" in given and c.max_steps, "--epochs and --max_steps contradict each other: leave one of them out"),
+        ("epochs" in given and given.get("max_steps"), "--epochs and --max_steps contradict each other: leave one out"),
         (not c.init_from, f"--data={c.data} needs a model: --init_from=DIRECTORY or a hub id"),
         (c.wandb_log and not importlib.util.find_spec("wandb"), "--wandb_log=True: pip install wandb, or leave it out"),
         (os.path.realpath(folder) in starts, f"--out_dir={folder} is a model that the run starts from: name a new one"),
@@ -565,13 +567,8 @@ def render(row, tokenizer):
     return render_text(row, columns, tokenizer)
 
 
-@functools.lru_cache(None)
-def is_blank(tokenizer, token):
-    return not tokenizer.decode(token).strip()
-
-
 def encode(where, prompt, texts, ids, joint, tokenizer, stops):
-    """The Example of the prompt and texts that `render` returns, still as lists. ids and joint are their tokens: prompt
+    """The Example, of lists, of the prompt and texts that `render` returns, and of their tokens, ids and joint: prompt
     and response are tokenized together, as the model would write them. Every response ends in exactly one EOS."""
     # of a text that is learned whole, the first token is the prompt
     if prompt is None:
@@ -595,7 +592,7 @@ def encode(where, prompt, texts, ids, joint, tokenizer, stops):
     # real token, or add one
     for n, response in enumerate(responses):
         end = len(response)
-        while end and (response[end - 1] in stops or is_blank(tokenizer, response[end - 1])):
+        while end and (response[end - 1] in stops or not tokenizer.decode(response[end - 1]).strip()):
             end -= 1
         while end < len(response) and response[end] not in stops:
             end += 1
@@ -640,7 +637,7 @@ def make_examples(rows, source, model, tokenizer):
         bad.setdefault(reason, []).append(f"{where} {error}")
 
     for begin in tqdm(range(0, len(rows), 1000), desc="reading", leave=False, disable=None):
-        # a thousand rows become text, and then tokens all at once, because the tokenizer uses all cores for that
+        # a thousand rows become text, and then tokens in one call, which uses all cores
         rendered, texts = [], []
         for where, row in rows[begin:begin + 1000]:
             try:
@@ -670,8 +667,7 @@ def make_examples(rows, source, model, tokenizer):
             counts["shortened"] += shortened
             counts["truncated"] += example != whole
             counts["beheaded"] += example.prompt != whole.prompt and truncation == "left"
-            tokens = [np.array(x, np.int32) for x in (example.prompt, example.chosen, example.rejected)]
-            examples.append(Example(where, prompt, *tokens))
+            examples.append(Example(where, prompt, *[np.array(x, np.int32) for x in example[2:]]))
 
     # the most frequent reasons, each with its first row
     counts["left out"] = len(rows) - len(examples)
@@ -715,10 +711,9 @@ def hold_out(examples):
 def show_examples(examples, tokenizer, count):
     """Print the first examples as the model sees them, and the lengths of all."""
     for example in examples[:count]:
-        prompt = tokenizer.decode(example.prompt.tolist())
-        print(f"\n{example.where}\n  prompt   |" + prompt.replace("\n", "\\n"))
+        print(f"\n{example.where}\n  prompt   |" + tokenizer.decode(example.prompt).replace("\n", "\\n"))
         for name in ("chosen", "rejected"):
-            tokens = "".join(f"[{tokenizer.decode(token)}]" for token in getattr(example, name).tolist())
+            tokens = "".join(f"[{tokenizer.decode(token)}]" for token in getattr(example, name))
             if tokens:
                 print(f"  {name:8} |" + tokens.replace("\n", "\\n"))
     print("\ntokens in [] carry loss; special tokens are shown; \\n is the end of a line\n")
@@ -935,9 +930,7 @@ def packing_error(model, examples, row_length=0):
         tokens = max(1, CHUNK_BYTES // (4 * weight.shape[1]))
         begin, gap = 0, 0
         for example in examples:
-            for response in (example.chosen, example.rejected):
-                if len(response) == 0:
-                    continue
+            for response in filter(len, (example.chosen, example.rejected)):
                 ids = torch.tensor([[*example.prompt, *response[:-1]]], device=model.device)
                 places = torch.arange(len(example.prompt) - 1, ids.shape[1], device=model.device)
                 for keep in places.split(tokens):
@@ -1063,7 +1056,7 @@ def total(x):
 
 
 def from_rank_0(value):
-    """Rank 0's value, in every process. If rank 0 ends with an error instead, so do the others, without a traceback."""
+    """Rank 0's value, in every process. If rank 0 ends with an error, the others end without a traceback."""
     values = [value]
     if dist.is_initialized():
         try:
@@ -1076,7 +1069,7 @@ def from_rank_0(value):
 def share_examples(examples, folder):
     """Rank 0's examples, in every process. The others map the tokens from a file in the folder."""
     path = os.path.join(folder, ".tokens.npy")
-    tokens = [x for example in examples for x in (example.prompt, example.chosen, example.rejected)]
+    tokens = [x for example in examples for x in example[2:]]
     if dist.get_rank() == 0:
         np.save(path, np.concatenate(tokens))
     lengths = from_rank_0([len(x) for x in tokens])
@@ -1087,9 +1080,9 @@ def share_examples(examples, folder):
 
 
 def spread(whole, device, compiled, low, trained):
-    """A model that rank 0 holds whole (the others give None), spread over all processes block by block (FSDP2), with
-    each block compiled if asked. Its weights are handed out one by one, so that only rank 0 ever holds all of them.
-    low: blocks gather weights in bf16, the rest (embeddings, output layer) in fp32; gradients are summed in fp32."""
+    """A model that only rank 0 has, spread over all processes, block by block (FSDP2), with each block compiled if
+    asked. Its weights are handed out one by one. low: blocks gather weights in bf16, the rest (embeddings, output
+    layer) in fp32; gradients are always summed in fp32."""
     parts, weights, buffers = None, {}, {}
     if dist.get_rank() == 0:
         parts = type(whole), whole.config, whole.generation_config
@@ -1223,32 +1216,26 @@ def step_indices(step, batch_size, n, seed):
 
 
 def choose_length(sizes, most, row_tokens, world):
-    """The length of all rows on a GPU, for examples of these sizes, of which the largest has `most` tokens: a multiple
-    of FlexAttention's blocks of 128, up to row_tokens if that is enough. Of the lengths that thirty steps were tried
-    with, it leaves the fewest places empty."""
-    steps = []
-    for step in range(30):
-        steps.append([sizes[i] for i in step_indices(step, batch_size, len(sizes), seed)])
-
-    def cost(length):
-        # each process takes equally many rows; a row costs about 128 tokens more than it has places
-        rows = sum(math.ceil(len(pack(step, length)) / world) for step in steps)
-        return rows * (length + 128)
+    """The length of rows on a GPU, a multiple of FlexAttention's blocks of 128 that holds `most` tokens: up to
+    row_tokens, the one that thirty steps of the run fill best."""
+    steps = [[sizes[i] for i in step_indices(step, batch_size, len(sizes), seed)] for step in range(30)]
     shortest = math.ceil(max(most, min(1024, row_tokens)) / 128) * 128
-    return min(range(shortest, max(shortest, row_tokens) + 1, 128), key=cost)
+    costs = {}
+    for length in range(shortest, max(shortest, row_tokens) + 1, 128):
+        # each process takes equally many rows; many short ones cost more than few long ones
+        rows = sum(math.ceil(len(pack(step, length)) / world) for step in steps)
+        costs[length] = rows * (length + 128)
+    return min(costs, key=costs.get)
 
 
 def lr_at(step):
-    """The learning rate of a step, of which the first is 0."""
+    """The learning rate of a step; the first one is step 0."""
     if step < warmup_steps:
         return learning_rate * ((step + 1) / warmup_steps)
-    # the share of the decay that is done: all of it at the last step
+    # 0 after the warm-up, 1 at the last step
     done = (step - warmup_steps) / max(1, max_steps - 1 - warmup_steps)
-    if lr_decay == "linear":
-        return learning_rate * (1 - done)
-    if lr_decay == "cosine":
-        return learning_rate * (1 + math.cos(math.pi * done)) / 2
-    return learning_rate
+    shares = {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return learning_rate * shares[lr_decay]
 
 
 def preference_metrics(stats):
@@ -1330,8 +1317,7 @@ if __name__ == "__main__":
             sys.exit(f"error: --out_dir={out_dir}: {error}; name a directory that can be written")
     sft, task = method == "sft", data in eval_imdb.TASKS
     noun = "texts" if sft else "pairs"
-    # several processes share models that may be too large for one GPU, and rank 0 loads them. With adapters each
-    # process holds everything
+    # several processes share models that rank 0 loads; with adapters each of them loads whole ones
     sharded = world > 1 and not lora_rank
     loads = rank == 0 or not sharded
 
@@ -1362,18 +1348,14 @@ if __name__ == "__main__":
     # -------------------------------------------------------------------------
     # policy
     model = tokenizer = prefixes = None
-
-    def score(texts):
-        """The reward, which only rank 0 has: only it logs."""
-        return [0.0] * len(texts)
-    if rank == 0:
-        # what can be wrong with a task's texts and reward is found before anything is trained
-        if task:
-            reviews = eval_imdb.load_texts(data, texts)
-        if task and not sft:
-            score = eval_imdb.load_reward(reward, device_type)
-        if init_from == "scratch" and not sft:
-            init_from = embedded_sft()
+    # what can be wrong with a task's texts and reward is found before anything is trained
+    if task and rank == 0:
+        reviews = eval_imdb.load_texts(data, texts)
+    if task and not sft:
+        # only rank 0 logs, so the others take the reward that costs nothing
+        score = eval_imdb.load_reward("exact" if rank else reward, device_type)
+    if init_from == "scratch" and not sft and rank == 0:
+        init_from = embedded_sft()
     init_from = from_rank_0(init_from)
     if loads:
         if init_from == "scratch":
@@ -1382,19 +1364,11 @@ if __name__ == "__main__":
             model, tokenizer = load_model(init_from)
         positions = getattr(model.config, "max_position_embeddings", None) or max_length
         if max_length > positions:
-            sys.exit(f"error: --max_length={max_length} is more than the {positions} positions of {init_from}; lower "
-                     "it")
+            sys.exit(f"error: --max_length={max_length} is more than the {positions} positions of {init_from}")
         if tokenizer.eos_token_id is None:
-            sys.exit(f"error: the tokenizer of {init_from} has no EOS token, which ends every response; set its "
-                     "eos_token")
+            sys.exit(f"error: the tokenizer of {init_from} has no EOS token to end responses; set its eos_token")
 
-    # adapters on the policy
-    if lora_rank:
-        torch.manual_seed(seed)
-        adapt(model, lora_rank, low)
-    if checkpoint_activations and not sharded:
-        checkpoint_blocks(model)
-    # a task samples before the model is spread
+    # a task samples before the model is spread or gets adapters
     if task and loads:
         model.to(device_type)
 
@@ -1412,12 +1386,9 @@ if __name__ == "__main__":
             held_rows = [(f"test text {n}", {"text": text}) for n, text in enumerate(reviews["test"][:eval_pairs], 1)]
         elif task:
             prefixes = eval_imdb.task_prefixes(reviews, tokenizer, seed, train_prefixes, eval_prefixes)
-            # the same model without its adapters, which would be computed anew for every token
-            sft_model = without_adapters(model) if lora_rank else model
-            source = eval_imdb.build_pairs(sft_model, tokenizer, prefixes["train"], score,
-                                           folder=os.path.dirname(out_dir), name=data, reward=reward,
-                                           completions=completions, min_score_gap=min_score_gap,
-                                           max_new_tokens=max_new_tokens, seed=seed)
+            source = eval_imdb.build_pairs(model, tokenizer, prefixes["train"], score, folder=os.path.dirname(out_dir),
+                                           name=data, reward=reward, completions=completions,
+                                           min_score_gap=min_score_gap, max_new_tokens=max_new_tokens, seed=seed)
             rows = read_rows(source)
         else:
             rows = read_rows(source, data_split, data_config)
@@ -1436,23 +1407,19 @@ if __name__ == "__main__":
             # no prompt that is held out is trained on
             examples, held_out = hold_out(examples)
             counts["held out"] = len(held_out)
-        held_prompts = {example.prompt_text: example.prompt.tolist() for example in held_out
-                        if example.prompt_text is not None}
+        held_prompts = {e.prompt_text: e.prompt.tolist() for e in held_out if e.prompt_text is not None}
         both = held_prompts.keys() & {example.prompt_text for example in examples}
         if both and held_rows:
-            print(f"warning: {len(both)} of the {len(held_prompts)} held-out prompts are in --data, too, and are "
-                  "trained on")
+            print(f"warning: {len(both)} of {len(held_prompts)} held-out prompts are also trained on")
         if task and not sft:
             held_prompts = {prefix: encode_prompt(tokenizer, prefix) for prefix in prefixes["test"]}
         print(f"data: {counts['read']} {noun} read = {len(examples)} to train on + {counts['held out']} held out + "
-              f"{counts['left out']} left out; {counts['truncated']} truncated, {counts['beheaded']} of them at the "
-              "start")
+              f"{counts['left out']} left out; {counts['truncated']} truncated, {counts['beheaded']} at the start")
         if counts["shortened"]:
             print(f"note: {counts['shortened']} prompts end before the chat template's generation prompt does, because "
                   "finished turns do not repeat it (nor, perhaps, reasoning); --show_data shows what is left")
         if show_data:
             show_examples(examples, tokenizer, show_data)
-        # the text is not needed any more
         del rows, held_rows
     tokenizer, prefixes, held_prompts, n_train = from_rank_0((tokenizer, prefixes, held_prompts, len(examples)))
     if show_data:
@@ -1461,7 +1428,7 @@ if __name__ == "__main__":
         everything = share_examples(examples + held_out, out_dir)
         examples, held_out = everything[:n_train], everything[n_train:]
 
-    # rows: on a modern GPU they have one length, so that the model compiles once. Elsewhere they have any length
+    # rows: on a modern GPU they have one length, so that the model compiles once, elsewhere any
     sizes = [size(example) for example in examples]
     most = max(sizes + [size(example) for example in held_out])
     row_tokens = max(micro_tokens or (8192 if device_type == "cuda" else 1024), most)
@@ -1471,19 +1438,16 @@ if __name__ == "__main__":
         row_tokens = row_length
 
     # a resumed run has to find its data and its models again
-    hashes = []
-    if rank == 0:
-        hashes.append(hash_of(x for example in examples + held_out for x in example[2:]))
+    hashes = [hash_of(x for example in examples + held_out for x in example[2:])]
     longest = max(examples + held_out, key=lambda e: len(e.prompt) + max(len(e.chosen), len(e.rejected)))
 
     def prepared(role, m):
-        """A model, ready for rows: while it is whole rank 0 hashes it and checks that packed rows are exact for it, by
-        the first example and the one with the longest sequence. Then it is spread, before the next one is loaded."""
+        """A model on its device, or spread. Are packed rows exact for it? While it is whole, the first example and the
+        one with the longest sequence are compared."""
         if not sharded:
             m.to(device_type)
         if loads:
             m.set_attn_implementation("pair_attention")
-        if rank == 0:
             hashes.append(hash_of(p.detach().flatten()[::1000].float().cpu().numpy() for p in m.parameters()))
             # FlexAttention takes a GPU; two examples fit into two rows
             problem = packing_error(m, [examples[0], longest], 2 * row_length if m.device.type == "cuda" else 0)
@@ -1492,6 +1456,9 @@ if __name__ == "__main__":
         if sharded:
             m = spread(m, device_type, compiled, low, trained=role == "policy")
         return m
+    if lora_rank:
+        torch.manual_seed(seed)
+        adapt(model, lora_rank, low)
     model = prepared("policy", model)
     models = {"policy": model}
 
@@ -1506,10 +1473,11 @@ if __name__ == "__main__":
                 adapt(ref, 0, low)
         ref = prepared("reference", ref)
         models["reference"] = ref
+    if checkpoint_activations and not sharded:
+        checkpoint_blocks(model)
 
     # -------------------------------------------------------------------------
     # resume and optimizer
-    # what the loss, the speed and the log need to know of the models
     vocabulary, width = model.get_output_embeddings().weight.shape
     # entries that only the policy or the reference has are padding
     common = min(len(m.get_output_embeddings().weight) for m in models.values())
@@ -1532,16 +1500,12 @@ if __name__ == "__main__":
         opt = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
     max_steps = max_steps or math.ceil(epochs * len(examples) / batch_size)
 
-    origin = {"fingerprint": " ".join(hashes), "started": started, "max_steps": max_steps}
+    origin = {"fingerprint": " ".join(hashes), "started": started}
+    if resume and loads and state["fingerprint"] != origin["fingerprint"]:
+        sys.exit(f"error: the data or the model that the run in {out_dir} began with has changed; restore it, or "
+                 "start a new run with a different --out_dir")
     step = from_rank_0(state.get("step", 0))
     if resume:
-        if rank == 0 and state["fingerprint"] != origin["fingerprint"]:
-            sys.exit(f"error: the data or the model that the run in {out_dir} began with has changed; restore it, or "
-                     "start a new run with a different --out_dir")
-        if rank == 0 and lr_decay != "constant" and state["max_steps"] != max_steps:
-            sys.exit(f"error: the learning rate of the run in {out_dir} decays over {state['max_steps']} steps, not "
-                     f"{max_steps}: leave out --max_steps and --epochs, or start a new run with a different --out_dir")
-        from_rank_0(None)
         # of a model with adapters the checkpoint holds only these
         weights = state.get("weights", {})
         if lora_rank:
@@ -1555,14 +1519,10 @@ if __name__ == "__main__":
             reason = " ".join(str(error).split())[:300]
             sys.exit(f"error: the checkpoint in {out_dir} does not fit this model: {reason}. If it is damaged, start "
                      "again with --overwrite=True")
-        del state, weights
     if step >= max_steps:
         # a kill may have come before its last files
         save(out_dir, model, tokenizer, opt, step, **origin)
-        follow = f"; --max_steps={step + max(1, step)} would continue it"
-        if lr_decay != "constant":
-            follow = ", where its learning rate has come to its end"
-        sys.exit(f"error: {out_dir} is at step {step} already{follow}")
+        sys.exit(f"error: {out_dir} is at step {step} already; --max_steps={step + max(1, step)} would continue it")
 
     # the run in three more lines, and notes on what is special about it
     print(f"rows: up to {row_tokens} tokens{', padded' if row_length else ''}; a step is {batch_size} {noun}, about "
@@ -1579,8 +1539,6 @@ if __name__ == "__main__":
     passes = max_steps * batch_size / len(examples)
     print(f"run: {objective}, {max_steps} steps ({passes:.1f} epochs), learning rate {learning_rate:g} ({lr_decay}), "
           f"{device_type}, {dtype}, {world} processes; into {out_dir}", flush=True)
-    if device_type == "cuda" and not modern:
-        print("note: this GPU does not compute in bfloat16, so the run is neither compiled nor uses FlexAttention")
     if warmup_steps > max_steps:
         print(f"warning: --warmup_steps={warmup_steps} is more than the {max_steps} steps: the learning rate gets no "
               f"higher than {lr_at(max_steps - 1):.2g} of {learning_rate:g}")
@@ -1678,7 +1636,7 @@ if __name__ == "__main__":
 
     # on a GPU the fullest row of the longest examples shows whether memory suffices, before anything is replaced
     if device_type == "cuda":
-        # the same one goes through all processes, so that all of them end if one is out of memory
+        # in all processes the same one, so that they run out of memory together
         fullest = sorted(examples, key=size)[-batch_size:]
         row = pack([size(example) for example in fullest], row_tokens)[0]
         try_row(collate([fullest[i] for i in row], row_length, device_type), forward, opt)
@@ -1735,8 +1693,7 @@ if __name__ == "__main__":
             print(f"stopped after step {step} | {follow}", flush=True)
             sys.exit(128 + (signals or [signal.SIGTERM])[0])
 
-        # one step: its loss is one mean, however its pairs are packed. Gradients are summed over processes; FSDP takes
-        # their mean
+        # one step: its loss is one mean, however its pairs are packed; FSDP takes the mean over processes
         began = time.perf_counter()
         for group in opt.param_groups:
             group["lr"] = lr_at(step)
@@ -1751,10 +1708,9 @@ if __name__ == "__main__":
             stats.append(some)
         # the next step's rows are laid out while the device still works on this one's
         batches = list(rows_of([examples[i] for i in batch_of(step + 1)]))
-        if world > 1 and not sharded:
-            for p in trained:
-                if p.grad is not None:
-                    total(p.grad)
+        for p in trained:
+            if not sharded and p.grad is not None:
+                total(p.grad)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         metrics = means(stats, count)
         metrics["grad_norm"] = norm.full_tensor() if sharded else norm
