@@ -627,15 +627,10 @@ def cut(example, tokenizer):
 def make_examples(rows, source, model, tokenizer):
     """(examples, counts) of [(where, row)]. Bad rows are left out, counted and shown; the program ends if they are more
     than a share bad_rows of all rows."""
-    examples, bad = [], {}
+    examples, bad = [], collections.defaultdict(list)
     counts = collections.Counter(read=len(rows))
     stops = stop_tokens(model, tokenizer)
     known = len(model.get_input_embeddings().weight)
-
-    def leave_out(where, error):
-        reason = str(error).split(":")[0]
-        bad.setdefault(reason, []).append(f"{where} {error}")
-
     for begin in tqdm(range(0, len(rows), 1000), desc="reading", leave=False, disable=None):
         # a thousand rows become text, and then tokens in one call, which uses all cores
         rendered, texts = [], []
@@ -644,11 +639,10 @@ def make_examples(rows, source, model, tokenizer):
                 prompt, whole_texts, shortened = render(row, tokenizer)
                 # this is a ValueError if a text has half a surrogate pair
                 "".join(whole_texts).encode()
+                rendered.append((where, prompt, whole_texts, shortened))
+                texts += [prompt or "", *whole_texts]
             except ValueError as error:
-                leave_out(where, error)
-                continue
-            rendered.append((where, prompt, whole_texts, shortened))
-            texts += [prompt or "", *whole_texts]
+                bad[str(error).split(":")[0]].append(f"{where} {error}")
         encoded = iter(encode_prompts(tokenizer, texts) if texts else [])
 
         for where, prompt, whole_texts, shortened in rendered:
@@ -662,7 +656,7 @@ def make_examples(rows, source, model, tokenizer):
                     raise ValueError("has identical responses")
                 example = cut(whole, tokenizer)
             except ValueError as error:
-                leave_out(where, error)
+                bad[str(error).split(":")[0]].append(f"{where} {error}")
                 continue
             counts["shortened"] += shortened
             counts["truncated"] += example != whole
@@ -1519,6 +1513,7 @@ if __name__ == "__main__":
             reason = " ".join(str(error).split())[:300]
             sys.exit(f"error: the checkpoint in {out_dir} does not fit this model: {reason}. If it is damaged, start "
                      "again with --overwrite=True")
+        del state, weights
     if step >= max_steps:
         # a kill may have come before its last files
         save(out_dir, model, tokenizer, opt, step, **origin)
