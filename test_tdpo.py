@@ -2055,11 +2055,11 @@ def test_epochs_and_decay(runs):
 
 
 def test_prompts_that_are_on_both_sides_are_counted(runs):
-    rows = lines_of("pairs.jsonl")
-    write_lines("side.jsonl", [*rows[:3], *[dict(row, prompt=f"the plot {row['prompt']}") for row in rows[3:9]]])
+    rows = lines_of("pairs.jsonl")[:3]
+    write_lines("side.jsonl", [*rows, *[dict(rows[0], prompt="the plot " + word) for word in ("was", "is", "felt")]])
     out = says(0, "saved sides", "train.py", *on_pairs("sides", "--eval_data=side.jsonl", "--max_steps=1"))
-    assert "warning: 3 of 9 held-out prompts are also trained on\n" in out
-    assert "held-out prompts are" not in says(0, "saved sides", "train.py", *on_pairs("sides2", "--max_steps=1"))
+    assert "warning: 3 of 6 held-out prompts are also trained on\n" in out
+    assert "held-out prompts are" not in says(0, "saved apart", "train.py", *on_pairs("apart", "--max_steps=1"))
 
 
 def test_changed_data_are_refused(runs):

@@ -972,8 +972,8 @@ class Adapter(torch.nn.Module):
 
 
 def blocks_of(model):
-    """Its transformer blocks, by transformers' own list of modules that stay in one piece."""
-    return [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
+    """Its transformer blocks, by transformers' own list of modules that stay in one piece. FSDP renames them."""
+    return [m for m in model.modules() if type(m).__name__.removeprefix("FSDP") in (model._no_split_modules or ())]
 
 
 def linear_layers(model):
@@ -1086,8 +1086,6 @@ def spread(whole, device, compiled, low, trained):
         model = cls(config).eval().requires_grad_(trained)
     model.generation_config = generation_config
     model.set_attn_implementation("pair_attention")
-    if trained and checkpoint_activations:
-        checkpoint_blocks(model)
 
     # blocks first: each gathers its own weights while it computes
     policy = MixedPrecisionPolicy()
@@ -1436,8 +1434,8 @@ if __name__ == "__main__":
     longest = max(examples + held_out, key=lambda e: len(e.prompt) + max(len(e.chosen), len(e.rejected)))
 
     def prepared(role, m):
-        """A model on its device, or spread. Are packed rows exact for it? While it is whole, the first example and the
-        one with the longest sequence are compared."""
+        """A model on its device, or spread. While it is whole, packed rows of the first example and of the one with the
+        longest sequence are compared with separate sequences."""
         if not sharded:
             m.to(device_type)
         if loads:
@@ -1467,7 +1465,7 @@ if __name__ == "__main__":
                 adapt(ref, 0, low)
         ref = prepared("reference", ref)
         models["reference"] = ref
-    if checkpoint_activations and not sharded:
+    if checkpoint_activations:
         checkpoint_blocks(model)
 
     # -------------------------------------------------------------------------
