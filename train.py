@@ -1406,7 +1406,7 @@ if __name__ == "__main__":
         if task and not sft:
             held_prompts = {prefix: encode_prompt(tokenizer, prefix) for prefix in prefixes["test"]}
         print(f"data: {counts['read']} {noun} read = {len(examples)} to train on + {counts['held out']} held out + "
-              f"{counts['left out']} left out; {counts['truncated']} truncated, {counts['beheaded']} at the start")
+              f"{counts['left out']} left out; {counts['truncated']} truncated ({counts['beheaded']} at the start)")
         if counts["shortened"]:
             print(f"note: {counts['shortened']} prompts end before the chat template's generation prompt does, because "
                   "finished turns do not repeat it (nor, perhaps, reasoning); --show_data shows what is left")
