@@ -1216,7 +1216,7 @@ def choose_length(sizes, most, row_tokens, world):
     for length in range(shortest, max(shortest, row_tokens) + 1, 128):
         # each process takes equally many rows; many short ones cost more than few long ones
         rows = sum(math.ceil(len(pack(step, length)) / world) for step in steps)
-        costs[length] = rows * (length + 128)
+        costs[length] = rows * (length + 64)
     return min(costs, key=costs.get)
 
 
