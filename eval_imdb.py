@@ -231,21 +231,14 @@ def build_pairs(model, tokenizer, prefixes, score, *, folder, name, reward, comp
     for each prefix; every two of them make a pair, of which the higher score is chosen; pairs whose scores are at most
     min_score_gap apart are dropped. HASH is of everything that makes the file, so that it is reused.
     """
-    # the weights, each hashed by itself: adapters rename the weights that they are put on, and add weights of their own
-    digests = []
-    for key, p in model.named_parameters():
-        if "parametrizations." in key and key.endswith((".A", ".B")):
-            continue
-        # as bytes, because numpy has no bf16
-        content = p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        digests.append(hashlib.sha256(content).hexdigest())
-    digests.sort()
-
+    weights = hashlib.sha256()
+    for p in model.parameters():
+        weights.update(p.detach().cpu().contiguous().numpy())
     # the files of a reward model stand for its weights
     files = []
     for path in sorted(glob.glob(glob.escape(reward) + "/*")):
         files.append((path, os.path.getsize(path), os.path.getmtime(path)))
-    made_of = [prefixes, reward, files, completions, min_score_gap, max_new_tokens, seed, digests]
+    made_of = [prefixes, reward, files, completions, min_score_gap, max_new_tokens, seed, weights.hexdigest()]
     digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
     path = os.path.join(folder, f"{name}-pairs-{digest[:12]}.jsonl")
     if os.path.exists(path):
@@ -447,7 +440,7 @@ if __name__ == "__main__":
         texts = load_texts(run["data"], run["texts"])
     for path in scored:
         model, tokenizer = policies[path]
-        ref = load_reference(run["ref_from"] or run["init_from"], model, tokenizer)
+        ref = load_reference(run["ref_from"] or run["init_from"], tokenizer, model.device)
         count = args.eval_prefixes or run["eval_prefixes"]
         prefixes = task_prefixes(texts, tokenizer, run["seed"], 0, count)["test"]
         scores, _ = score_policy(model, ref, tokenizer, prefixes, score, run["max_new_tokens"], args.seed)

@@ -121,9 +121,9 @@ def load_model(path, device="cpu", cls=AutoModelForCausalLM):
     return model.to(device).eval(), tokenizer
 
 
-def load_reference(path, model, tokenizer):
-    """The frozen reference of a policy, on the policy's device. Exits if the two have different vocabularies."""
-    ref, ref_tokenizer = load_model(path, model.device)
+def load_reference(path, tokenizer, device="cpu"):
+    """The frozen reference of a policy that has the tokenizer. Exits if the two have different vocabularies."""
+    ref, ref_tokenizer = load_model(path, device)
     # the KL compares the same tokens; models of one family may still pad their embeddings to different sizes
     if ref_tokenizer.get_vocab() != tokenizer.get_vocab():
         sys.exit(f"error: the reference {path} and the policy have different vocabularies; the KL needs the same one")
@@ -225,19 +225,24 @@ def opening(tokenizer):
 
 
 def encode_prompt(tokenizer, text):
-    """Token ids of a prompt: the tokenizer's `opening`, once, and those of the text, without any that the tokenizer
-    appends. An empty prompt is one BOS (or EOS)."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return encode_prompts(tokenizer, [text])[0]
+
+
+def encode_prompts(tokenizer, texts):
+    """Token ids of prompts, of one at least: the tokenizer's `opening`, once, and those of the text, without any that
+    the tokenizer appends. An empty prompt is one BOS (or EOS)."""
     first = opening(tokenizer)
-    # a template may have written its BOS already
-    if ids[:len(first)] != first:
-        ids = first + ids
-    if ids:
-        return ids
-    known = [x for x in (tokenizer.bos_token_id, tokenizer.eos_token_id) if x is not None]
-    if not known:
-        sys.exit("error: an empty prompt needs a BOS or EOS token, and the tokenizer has neither; write a prompt")
-    return known[:1]
+    encoded = []
+    for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+        # a template may have written its BOS already
+        if ids[:len(first)] != first:
+            ids = first + ids
+        if not ids:
+            ids = [x for x in (tokenizer.bos_token_id, tokenizer.eos_token_id) if x is not None][:1]
+        if not ids:
+            sys.exit("error: an empty prompt needs a BOS or EOS token, and the tokenizer has neither; write a prompt")
+        encoded.append(ids)
+    return encoded
 
 
 def prompt_text(tokenizer, place, row, as_chat=False):
@@ -490,7 +495,7 @@ def set_up(args):
     ref = None
     path = args.ref or reference_of(args.model)
     if path:
-        ref = load_reference(path, model, tokenizer)
+        ref = load_reference(path, tokenizer, model.device)
     # a prompt that comes twice is one prompt
     return model, tokenizer, ref, list(dict.fromkeys(texts))
 

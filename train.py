@@ -39,6 +39,7 @@ import gzip
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import re
@@ -68,8 +69,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import chat_template_utils
 
 import eval_imdb
-from sample import (DEVICES, chat, encode_prompt, load_model, load_reference, opening, parse, read_message, stop_tokens,
-                    without_nulls)
+from sample import (DEVICES, chat, encode_prompt, encode_prompts, load_model, load_reference, opening, parse,
+                    read_message, stop_tokens, without_nulls)
 from tdpo import CHUNK_BYTES, fused_tdpo_loss
 
 # knobs: every assignment from here to the end of the knobs is an option; the comment after it is its help -------------
@@ -103,12 +104,14 @@ completions = 4             # samples for each training prefix; every two of the
 max_new_tokens = 64         # longest completion, and longest answer in the samples that a run shows at its end
 min_score_gap = 0.1         # pairs are dropped if their rewards differ by no more than this
 # optimization (the paper's values)
-max_steps = 0               # steps; 0 is one pass over the pairs
+epochs = 1.0                # passes over the pairs
+max_steps = 0               # steps, instead of epochs
 batch_size = 64             # pairs in a step
 micro_tokens = 0            # tokens in a forward pass; 0: 8192 on cuda, 1024 elsewhere; changes memory, but no result
 optimizer = "rmsprop"       # rmsprop or adamw
-learning_rate = 5e-6        # constant after the warm-up
+learning_rate = 5e-6        # after the warm-up
 warmup_steps = 150          # steps of linear warm-up
+lr_decay = "constant"       # after the warm-up: constant, or linear or cosine to 0 at the last step
 grad_clip = 10.0            # largest gradient norm; 0 turns clipping off
 # the run
 out_dir = ""                # becomes an ordinary Hugging Face directory; default: out/DATA-METHOD
@@ -120,18 +123,19 @@ log_interval = 1            # steps between printed lines; log.jsonl has every s
 wandb_log = False           # log to Weights & Biases too
 seed = 1                    # seed of the order of pairs, the held-out split, samples and the scratch model
 device = "auto"             # auto, or a device that this machine has: cuda, mps, cpu
-dtype = "auto"              # auto (bfloat16 on cuda, else float32), bfloat16 (autocast over fp32 weights) or float32
-compile = True              # torch.compile the model, on cuda only
+dtype = "auto"              # auto (bfloat16 if the GPU has it), bfloat16 (autocast over fp32 weights) or float32
+compile = True              # torch.compile the model, on GPUs that compute in bfloat16
 # end of the knobs -----------------------------------------------------------------------------------------------------
 
 CHOICES = {
     "method": ("sft", "dpo", "fdpo", "tdpo1", "tdpo2"),
     "truncation": ("left", "right"),
     "optimizer": ("rmsprop", "adamw"),
+    "lr_decay": ("constant", "linear", "cosine"),
     "device": ("auto", *DEVICES),
     "dtype": ("auto", "bfloat16", "float32"),
 }
-# the smallest value of a number; beta and learning_rate must be positive
+# the smallest value of a number; beta, learning_rate and epochs must be positive
 LEAST = dict(alpha=0, eval_pairs=1, bad_rows=0, show_data=0, max_length=2, max_prompt_length=1, lora_rank=0,
              train_prefixes=2, eval_prefixes=2, completions=2, max_new_tokens=1, min_score_gap=0, max_steps=0,
              batch_size=1, micro_tokens=0, warmup_steps=0, grad_clip=0, eval_interval=0, save_interval=0,
@@ -226,6 +230,11 @@ def configure(argv):
             parser.error(f"--resume=True: the run in {folder} cannot be continued: {error}")
         base.update(resume=True, overwrite=False)
         changed = [name for name in given if name not in CHANGEABLE and given[name] != base[name]]
+        # a rate that decays is at its end at the last step
+        if base["lr_decay"] != "constant" and given.get("max_steps", base["max_steps"]) != base["max_steps"]:
+            changed.append("max_steps")
+    elif "epochs" in given:
+        base["max_steps"] = 0
     c = argparse.Namespace(**{**defaults, **base, **given, "out_dir": folder})
 
     # options that would be ignored: whether this run reads them
@@ -249,7 +258,7 @@ def configure(argv):
         if name in LEAST and value < LEAST[name]:
             limit = f"at least {LEAST[name]}" if LEAST[name] else "0 or more: it must not be negative"
             parser.error(f"--{name}={value} must be {limit}")
-        if name in ("beta", "learning_rate") and value <= 0:
+        if name in ("beta", "learning_rate", "epochs") and value <= 0:
             parser.error(f"--{name}={value} must be greater than 0")
 
     # options that do not go together
@@ -260,6 +269,7 @@ def configure(argv):
         (ignored, f"--{' --'.join(ignored)} would be ignored with --method={c.method} --data={c.data}: leave it out"),
         (c.max_prompt_length >= c.max_length and not (task and sft),
          "--max_prompt_length leaves no room for a response within --max_length"),
+        ("epochs" in given and given.get("max_steps"), "--epochs and --max_steps contradict each other: leave one out"),
         (not c.init_from, f"--data={c.data} needs a model: --init_from=DIRECTORY or a hub id"),
         (c.wandb_log and not importlib.util.find_spec("wandb"), "--wandb_log=True: pip install wandb, or leave it out"),
         (os.path.realpath(folder) in starts, f"--out_dir={folder} is a model that the run starts from: name a new one"),
@@ -276,7 +286,7 @@ def configure(argv):
 # own data: a source gives rows, a row becomes text, text becomes tokens
 
 # a pair, or a text of SFT: the row that it comes from, its prompt as text (None if the whole text is learned), and
-# three lists of token ids, of which rejected is empty for SFT
+# three arrays of token ids, of which rejected is empty for SFT
 Example = collections.namedtuple("Example", "where prompt_text prompt chosen rejected")
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
@@ -557,15 +567,12 @@ def render(row, tokenizer):
     return render_text(row, columns, tokenizer)
 
 
-def encode(where, prompt, texts, tokenizer, stops):
-    """The Example of the prompt and texts that `render` returns. Prompt and response are tokenized together, as the
-    model would write them, and every response ends in exactly one EOS."""
-    joint = [encode_prompt(tokenizer, text) for text in texts]
+def encode(where, prompt, texts, ids, joint, tokenizer, stops):
+    """The Example, of lists, of the prompt and texts that `render` returns, and of their tokens, ids and joint: prompt
+    and response are tokenized together, as the model would write them. Every response ends in exactly one EOS."""
     # of a text that is learned whole, the first token is the prompt
     if prompt is None:
         ids = joint[0][:1]
-    else:
-        ids = encode_prompt(tokenizer, prompt)
     # the prompt is what all of them begin with
     shared = len(os.path.commonprefix([ids, *joint]))
     responses = [x[shared:] for x in joint]
@@ -620,30 +627,41 @@ def cut(example, tokenizer):
 def make_examples(rows, source, model, tokenizer):
     """(examples, counts) of [(where, row)]. Bad rows are left out, counted and shown; the program ends if they are more
     than a share bad_rows of all rows."""
-    examples, bad = [], {}
+    examples, bad = [], collections.defaultdict(list)
     counts = collections.Counter(read=len(rows))
     stops = stop_tokens(model, tokenizer)
     known = len(model.get_input_embeddings().weight)
-    for where, row in tqdm(rows, desc="reading", leave=False, disable=None):
-        try:
-            prompt, texts, shortened = render(row, tokenizer)
-            # this is a ValueError if a text has half a surrogate pair
-            "".join(texts).encode()
-            whole = encode(where, prompt, texts, tokenizer, stops)
-            highest = max([*whole.prompt, *whole.chosen, *whole.rejected])
-            if highest >= known:
-                raise ValueError(f"has a token that the model does not know: {highest} of {known}")
-            if whole.chosen == whole.rejected:
-                raise ValueError("has identical responses")
-            example = cut(whole, tokenizer)
-        except ValueError as error:
-            reason = str(error).split(":")[0]
-            bad.setdefault(reason, []).append(f"{where} {error}")
-            continue
-        examples.append(example)
-        counts["shortened"] += shortened
-        counts["truncated"] += example != whole
-        counts["beheaded"] += example.prompt != whole.prompt and truncation == "left"
+    for begin in tqdm(range(0, len(rows), 1000), desc="reading", leave=False, disable=None):
+        # a thousand rows become text, and then tokens in one call, which uses all cores
+        rendered, texts = [], []
+        for where, row in rows[begin:begin + 1000]:
+            try:
+                prompt, whole_texts, shortened = render(row, tokenizer)
+                # this is a ValueError if a text has half a surrogate pair
+                "".join(whole_texts).encode()
+                rendered.append((where, prompt, whole_texts, shortened))
+                texts += [prompt or "", *whole_texts]
+            except ValueError as error:
+                bad[str(error).split(":")[0]].append(f"{where} {error}")
+        encoded = iter(encode_prompts(tokenizer, texts) if texts else [])
+
+        for where, prompt, whole_texts, shortened in rendered:
+            ids, *joint = itertools.islice(encoded, 1 + len(whole_texts))
+            try:
+                whole = encode(where, prompt, whole_texts, ids, joint, tokenizer, stops)
+                highest = max([*whole.prompt, *whole.chosen, *whole.rejected])
+                if highest >= known:
+                    raise ValueError(f"has a token that the model does not know: {highest} of {known}")
+                if whole.chosen == whole.rejected:
+                    raise ValueError("has identical responses")
+                example = cut(whole, tokenizer)
+            except ValueError as error:
+                bad[str(error).split(":")[0]].append(f"{where} {error}")
+                continue
+            counts["shortened"] += shortened
+            counts["truncated"] += example != whole
+            counts["beheaded"] += example.prompt != whole.prompt and truncation == "left"
+            examples.append(Example(where, prompt, *[np.array(x, np.int32) for x in example[2:]]))
 
     # the most frequent reasons, each with its first row
     counts["left out"] = len(rows) - len(examples)
@@ -699,13 +717,12 @@ def show_examples(examples, tokenizer, count):
         print("{:8} {:7.0f} {:6.0f} {:6.0f} {:7.0f}".format(name, *np.percentile(lengths, (50, 90, 99, 100))))
 
 
-def fingerprint(examples, *models):
-    """A short hash of the examples' token ids and of the models' weights (every thousandth)."""
-    tokens = [(example.prompt, example.chosen, example.rejected) for example in examples]
-    digest = hashlib.sha256(repr(tokens).encode())
-    for model in models:
-        for p in model.parameters():
-            digest.update(p.detach().flatten()[::1000].contiguous().float().cpu().numpy())
+def hash_of(arrays):
+    """A short hash of arrays of numbers and of their lengths."""
+    digest = hashlib.sha256()
+    for x in arrays:
+        digest.update(np.array(len(x)))
+        digest.update(np.ascontiguousarray(x))
     return digest.hexdigest()[:16]
 
 
@@ -749,7 +766,7 @@ def collate(examples, row_length=0, device="cpu"):
     source, labels, pair, chosen = [], [], [], []
     for n, example in enumerate(examples):
         # the prompt, once
-        prompt = example.prompt
+        prompt = np.asarray(example.prompt).tolist()
         ids += prompt
         position += range(len(prompt))
         row_pair += [n] * size(example)
@@ -758,6 +775,7 @@ def collate(examples, row_length=0, device="cpu"):
 
         # its responses; SFT has no rejected one
         for k, response in enumerate((example.chosen, example.rejected), 1):
+            response = np.asarray(response).tolist()
             if not response:
                 continue
             source += [last, *range(len(ids), len(ids) + len(response) - 1)]
@@ -906,8 +924,8 @@ def packing_error(model, examples, row_length=0):
         tokens = max(1, CHUNK_BYTES // (4 * weight.shape[1]))
         begin, gap = 0, 0
         for example in examples:
-            for response in filter(None, (example.chosen, example.rejected)):
-                ids = torch.tensor([example.prompt + response[:-1]], device=model.device)
+            for response in filter(len, (example.chosen, example.rejected)):
+                ids = torch.tensor([[*example.prompt, *response[:-1]]], device=model.device)
                 places = torch.arange(len(example.prompt) - 1, ids.shape[1], device=model.device)
                 for keep in places.split(tokens):
                     alone = model(ids, use_cache=False, logits_to_keep=keep).logits[0].float()
@@ -954,8 +972,8 @@ class Adapter(torch.nn.Module):
 
 
 def blocks_of(model):
-    """Its transformer blocks, by transformers' own list of modules that stay in one piece."""
-    return [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
+    """Its transformer blocks, by transformers' own list of modules that stay in one piece. FSDP renames them."""
+    return [m for m in model.modules() if type(m).__name__.removeprefix("FSDP") in (model._no_split_modules or ())]
 
 
 def linear_layers(model):
@@ -1005,6 +1023,7 @@ def checkpoint_blocks(model):
 
 # the same for any number of processes
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+FROM_RANK_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 CHECKPOINT = ("state.pt", "config.json", "generation_config.json", "model*.safetensors*", "tokenizer*", "vocab.*",
               "merges.txt", "special_tokens_map.json", "added_tokens.json", "*chat_template*", "samples.jsonl",
               "prompts.jsonl", "evals", "log.png")
@@ -1030,9 +1049,44 @@ def total(x):
     return x
 
 
-def shard(model, device, compiled, low):
-    """Spread a model over all processes, block by block (FSDP2), with each block compiled if asked. low: blocks gather
-    weights in bf16, the rest (embeddings, output layer) in fp32; gradients are always summed in fp32."""
+def from_rank_0(value):
+    """Rank 0's value, in every process. If rank 0 ends with an error, the others end without a traceback."""
+    values = [value]
+    if dist.is_initialized():
+        try:
+            dist.broadcast_object_list(values)
+        except RuntimeError:
+            os._exit(1)
+    return values[0]
+
+
+def share_examples(examples, folder):
+    """Rank 0's examples, in every process. The others map the tokens from a file in the folder."""
+    path = os.path.join(folder, ".tokens.npy")
+    tokens = [x for example in examples for x in example[2:]]
+    if dist.get_rank() == 0:
+        np.save(path, np.concatenate(tokens))
+    lengths = from_rank_0([len(x) for x in tokens])
+    if dist.get_rank():
+        tokens = np.split(np.asarray(np.load(path, mmap_mode="r")), np.cumsum(lengths)[:-1])
+        examples = [Example("", "", *tokens[n:n + 3]) for n in range(0, len(tokens), 3)]
+    return examples
+
+
+def spread(whole, device, compiled, low, trained):
+    """A model that only rank 0 has, spread over all processes, block by block (FSDP2), with each block compiled if
+    asked. Its weights are handed out one by one. low: blocks gather weights in bf16, the rest (embeddings, output
+    layer) in fp32; gradients are always summed in fp32."""
+    parts, weights, buffers = None, {}, {}
+    if dist.get_rank() == 0:
+        parts = type(whole), whole.config, whole.generation_config
+        weights, buffers = whole.state_dict(), dict(whole.named_buffers())
+    cls, config, generation_config = from_rank_0(parts)
+    with torch.device("meta"):
+        model = cls(config).eval().requires_grad_(trained)
+    model.generation_config = generation_config
+    model.set_attn_implementation("pair_attention")
+
     # blocks first: each gathers its own weights while it computes
     policy = MixedPrecisionPolicy()
     # a CPU's LayerNorm takes no bf16 weights
@@ -1044,6 +1098,16 @@ def shard(model, device, compiled, low):
             block.compile(dynamic=False)
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
+
+    model.to_empty(device=device)
+    model.tie_weights()
+    set_model_state_dict(model, weights, options=FROM_RANK_0)
+    # the state dict lacks some buffers, such as rotary frequencies
+    for name, buffer in model.named_buffers():
+        if name in buffers:
+            buffer.copy_(buffers[name])
+        dist.broadcast(buffer, 0)
+    return model
 
 
 def save(folder, model, tokenizer, opt, step, **origin):
@@ -1143,6 +1207,29 @@ def step_indices(step, batch_size, n, seed):
     return indices
 
 
+def choose_length(sizes, most, row_tokens, world):
+    """The length of rows on a GPU, a multiple of FlexAttention's blocks of 128 that holds `most` tokens: up to
+    row_tokens, the one that thirty steps of the run fill best."""
+    steps = [[sizes[i] for i in step_indices(step, batch_size, len(sizes), seed)] for step in range(30)]
+    shortest = math.ceil(max(most, min(1024, row_tokens)) / 128) * 128
+    costs = {}
+    for length in range(shortest, max(shortest, row_tokens) + 1, 128):
+        # each process takes equally many rows; many short ones cost more than few long ones
+        rows = sum(math.ceil(len(pack(step, length)) / world) for step in steps)
+        costs[length] = rows * (length + 64)
+    return min(costs, key=costs.get)
+
+
+def lr_at(step):
+    """The learning rate of a step; the first one is step 0."""
+    if step < warmup_steps:
+        return learning_rate * ((step + 1) / warmup_steps)
+    # 0 after the warm-up, 1 at the last step
+    done = (step - warmup_steps) / max(1, max_steps - 1 - warmup_steps)
+    shares = {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return learning_rate * shares[lr_decay]
+
+
 def preference_metrics(stats):
     """The columns that the log holds means of, a dict of (P,) tensors; stats as from tdpo_loss. acc compares log-ratios
     and is the same for every method; acc_loss is the method's own, margin > 0; the gaps are absolute differences."""
@@ -1222,20 +1309,21 @@ if __name__ == "__main__":
             sys.exit(f"error: --out_dir={out_dir}: {error}; name a directory that can be written")
     sft, task = method == "sft", data in eval_imdb.TASKS
     noun = "texts" if sft else "pairs"
-    if lora_rank and world > 1:
-        sys.exit("error: --lora_rank works in one process: FSDP would spread the weights that adapters and reference "
-                 "share. Start it without torchrun, or leave --lora_rank out")
+    # several processes share models that rank 0 loads; with adapters each of them loads whole ones
+    sharded = world > 1 and not lora_rank
+    loads = rank == 0 or not sharded
 
     # the device, and the type in which it multiplies; options.json gets dtype as it is settled here
     device_type = DEVICES[0] if device == "auto" else device
+    modern = device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if dtype == "auto":
-        dtype = "bfloat16" if device_type == "cuda" else "float32"
+        dtype = "bfloat16" if modern else "float32"
     low = dtype == "bfloat16"
-    compiled = compile and device_type == "cuda"
+    compiled = compile and modern
 
-    # a chat template that prints the date prints the one of the run's first start, which is the same in all processes
-    started = total(torch.tensor(launched if rank == 0 else 0, dtype=torch.float64)).item()
-    if resume:
+    # a chat template that prints the date prints the one of the run's first start
+    started, state = launched, {}
+    if resume and loads:
         try:
             state = torch.load(os.path.join(out_dir, "state.pt"), map_location="cpu", weights_only=True)
         except Exception as error:      # torch's own sentence advises a call that would run code from the file
@@ -1250,127 +1338,138 @@ if __name__ == "__main__":
     chat_template_utils.datetime = Clock
 
     # -------------------------------------------------------------------------
-    # policy and reference. Rank 0 goes ahead, up to the end of the data, and makes the files that the others then find
-    if rank:
-        dist.barrier()
+    # policy
+    model = tokenizer = prefixes = None
     # what can be wrong with a task's texts and reward is found before anything is trained
-    if task:
+    if task and rank == 0:
         reviews = eval_imdb.load_texts(data, texts)
     if task and not sft:
-        score = eval_imdb.load_reward(reward, device_type)
-
-    if init_from == "scratch" and not sft:
+        # only rank 0 logs, so the others take the reward that costs nothing
+        score = eval_imdb.load_reward("exact" if rank else reward, device_type)
+    if init_from == "scratch" and not sft and rank == 0:
         init_from = embedded_sft()
-    if init_from == "scratch":
-        model, tokenizer = eval_imdb.scratch_model(seed)
-    else:
-        model, tokenizer = load_model(init_from)
-    positions = getattr(model.config, "max_position_embeddings", None) or max_length
-    if max_length > positions:
-        sys.exit(f"error: --max_length={max_length} is more than the {positions} positions of {init_from}; lower it")
-    if tokenizer.eos_token_id is None:
-        sys.exit(f"error: the tokenizer of {init_from} has no EOS token, which ends every response; set its eos_token")
-
-    # adapters on the policy; weights that autocast rounds anyway take no more than bf16
-    if lora_rank:
-        torch.manual_seed(seed)
-        adapt(model, lora_rank, low)
-    models = {"policy": model}
-    if not sft:
-        if lora_rank and not ref_from:
-            ref = without_adapters(model)
+    init_from = from_rank_0(init_from)
+    if loads:
+        if init_from == "scratch":
+            model, tokenizer = eval_imdb.scratch_model(seed)
         else:
-            ref = load_reference(ref_from or init_from, model, tokenizer)
-            if low:
-                adapt(ref, 0, low)
-        models["reference"] = ref
-    if checkpoint_activations:
-        checkpoint_blocks(model)
+            model, tokenizer = load_model(init_from)
+        positions = getattr(model.config, "max_position_embeddings", None) or max_length
+        if max_length > positions:
+            sys.exit(f"error: --max_length={max_length} is more than the {positions} positions of {init_from}")
+        if tokenizer.eos_token_id is None:
+            sys.exit(f"error: the tokenizer of {init_from} has no EOS token to end responses; set its eos_token")
 
-    # several processes share a model that may be too large for one GPU; but a task samples before it is spread
-    if world == 1 or task:
-        for m in models.values():
-            m.to(device_type)
+    # a task samples before the model is spread or gets adapters
+    if task and loads:
+        model.to(device_type)
 
     # -------------------------------------------------------------------------
-    # data: rows of a task or of a source, then tokens, then what is held out
-    source, held_source, held_rows = data, eval_data, []
-    if data == "hh":
-        source = "Anthropic/hh-rlhf"
-    if eval_split or data == "hh":
-        held_source = held_source or source
-    if task and sft:
-        rows = [(f"text {n}", {"text": text}) for n, text in enumerate(reviews["train"], 1)]
-        held_rows = [(f"test text {n}", {"text": text}) for n, text in enumerate(reviews["test"][:eval_pairs], 1)]
-    elif task:
-        prefixes = eval_imdb.task_prefixes(reviews, tokenizer, seed, train_prefixes, eval_prefixes)
-        # the reference is the same model without its adapters, which would be computed anew for every token
-        sft_model = ref if lora_rank and not ref_from else model
-        source = eval_imdb.build_pairs(sft_model, tokenizer, prefixes["train"], score, folder=os.path.dirname(out_dir),
-                                       name=data, reward=reward, completions=completions, min_score_gap=min_score_gap,
-                                       max_new_tokens=max_new_tokens, seed=seed)
-        rows = read_rows(source)
-    else:
-        rows = read_rows(source, data_split, data_config)
-        if held_source:
-            held_rows = read_rows(held_source, eval_split, data_config, default="test")
+    # data: rows of a task or of a source, then tokens, then what is held out. Rank 0 prepares them for all processes
+    examples, held_out, held_prompts = [], [], {}
+    if rank == 0:
+        source, held_source, held_rows = data, eval_data, []
+        if data == "hh":
+            source = "Anthropic/hh-rlhf"
+        if eval_split or data == "hh":
+            held_source = held_source or source
+        if task and sft:
+            rows = [(f"text {n}", {"text": text}) for n, text in enumerate(reviews["train"], 1)]
+            held_rows = [(f"test text {n}", {"text": text}) for n, text in enumerate(reviews["test"][:eval_pairs], 1)]
+        elif task:
+            prefixes = eval_imdb.task_prefixes(reviews, tokenizer, seed, train_prefixes, eval_prefixes)
+            source = eval_imdb.build_pairs(model, tokenizer, prefixes["train"], score, folder=os.path.dirname(out_dir),
+                                           name=data, reward=reward, completions=completions,
+                                           min_score_gap=min_score_gap, max_new_tokens=max_new_tokens, seed=seed)
+            rows = read_rows(source)
+        else:
+            rows = read_rows(source, data_split, data_config)
+            if held_source:
+                held_rows = read_rows(held_source, eval_split, data_config, default="test")
 
-    examples, counts = make_examples(rows, source, model, tokenizer)
-    if held_rows:
-        held_out, held_counts = make_examples(held_rows, held_source or source, model, tokenizer)
-        order = np.random.default_rng(seed).permutation(len(held_out))
-        beyond = max(0, len(held_out) - eval_pairs)
-        held_out = [held_out[i] for i in order[:eval_pairs]]
-        print(f"held out: {held_counts['read']} read = {len(held_out)} evaluated + {beyond} beyond --eval_pairs + "
-              f"{held_counts['left out']} left out")
-    else:
-        # no prompt that is held out is trained on
-        examples, held_out = hold_out(examples)
-        counts["held out"] = len(held_out)
-    held_prompts = {example.prompt_text: example.prompt for example in held_out if example.prompt_text is not None}
-    if task and not sft:
-        held_prompts = {prefix: encode_prompt(tokenizer, prefix) for prefix in prefixes["test"]}
-    if world > 1 and rank == 0:
-        dist.barrier()
-    print(f"data: {counts['read']} {noun} read = {len(examples)} to train on + {counts['held out']} held out + "
-          f"{counts['left out']} left out; {counts['truncated']} truncated, {counts['beheaded']} of them at the start")
-    if counts["shortened"]:
-        print(f"note: {counts['shortened']} prompts end before the chat template's generation prompt does, because "
-              "finished turns do not repeat it (nor, perhaps, reasoning); --show_data shows what is left")
+        examples, counts = make_examples(rows, source, model, tokenizer)
+        if held_rows:
+            held_out, held_counts = make_examples(held_rows, held_source or source, model, tokenizer)
+            order = np.random.default_rng(seed).permutation(len(held_out))
+            beyond = max(0, len(held_out) - eval_pairs)
+            held_out = [held_out[i] for i in order[:eval_pairs]]
+            print(f"held out: {held_counts['read']} read = {len(held_out)} evaluated + {beyond} beyond --eval_pairs + "
+                  f"{held_counts['left out']} left out")
+        else:
+            # no prompt that is held out is trained on
+            examples, held_out = hold_out(examples)
+            counts["held out"] = len(held_out)
+        held_prompts = {e.prompt_text: e.prompt.tolist() for e in held_out if e.prompt_text is not None}
+        both = held_prompts.keys() & {example.prompt_text for example in examples}
+        if both and held_rows:
+            print(f"warning: {len(both)} of {len(held_prompts)} held-out prompts are also trained on")
+        if task and not sft:
+            held_prompts = {prefix: encode_prompt(tokenizer, prefix) for prefix in prefixes["test"]}
+        print(f"data: {counts['read']} {noun} read = {len(examples)} to train on + {counts['held out']} held out + "
+              f"{counts['left out']} left out; {counts['truncated']} truncated ({counts['beheaded']} at the start)")
+        if counts["shortened"]:
+            print(f"note: {counts['shortened']} prompts end before the chat template's generation prompt does, because "
+                  "finished turns do not repeat it (nor, perhaps, reasoning); --show_data shows what is left")
+        if show_data:
+            show_examples(examples, tokenizer, show_data)
+        del rows, held_rows
+    tokenizer, prefixes, held_prompts, n_train = from_rank_0((tokenizer, prefixes, held_prompts, len(examples)))
     if show_data:
-        show_examples(examples, tokenizer, show_data)
         sys.exit()
+    if world > 1:
+        everything = share_examples(examples + held_out, out_dir)
+        examples, held_out = everything[:n_train], everything[n_train:]
 
-    # rows: on a GPU they have one length, a multiple of FlexAttention's blocks, so that the model compiles once, and a
-    # step's tokens make equally many rows for each process. Elsewhere rows have any length
+    # rows: on a modern GPU they have one length, so that the model compiles once, elsewhere any
     sizes = [size(example) for example in examples]
     most = max(sizes + [size(example) for example in held_out])
     row_tokens = max(micro_tokens or (8192 if device_type == "cuda" else 1024), most)
     row_length = 0
-    if device_type == "cuda":
-        tokens = batch_size * sum(sizes) / len(sizes)
-        per_step = world * math.ceil(tokens / row_tokens / world)
-        row_length = math.ceil(max(most, tokens / per_step) / 128) * 128
+    if modern:
+        row_length = choose_length(sizes, most, row_tokens, world)
         row_tokens = row_length
 
-    # are packed rows exact for these models? The first example and the one with the longest sequence are compared
+    # a resumed run has to find its data and its models again
+    hashes = [hash_of(x for example in examples + held_out for x in example[2:])]
     longest = max(examples + held_out, key=lambda e: len(e.prompt) + max(len(e.chosen), len(e.rejected)))
-    for role, m in models.items():
-        m.set_attn_implementation("pair_attention")
-        # FlexAttention takes a GPU; two examples fit into two rows
-        problem = packing_error(m, [examples[0], longest], 2 * row_length if m.device.type == "cuda" else 0)
-        if problem:
-            sys.exit(f"error: the {role} ({type(m).__name__}) cannot be trained exactly in packed rows: {problem}")
+
+    def prepared(role, m):
+        """A model on its device, or spread. While it is whole, packed rows of the first example and of the one with the
+        longest sequence are compared with separate sequences."""
+        if not sharded:
+            m.to(device_type)
+        if loads:
+            m.set_attn_implementation("pair_attention")
+            hashes.append(hash_of(p.detach().flatten()[::1000].float().cpu().numpy() for p in m.parameters()))
+            # FlexAttention takes a GPU; two examples fit into two rows
+            problem = packing_error(m, [examples[0], longest], 2 * row_length if m.device.type == "cuda" else 0)
+            if problem:
+                sys.exit(f"error: the {role} ({type(m).__name__}) cannot be trained exactly in packed rows: {problem}")
+        if sharded:
+            m = spread(m, device_type, compiled, low, trained=role == "policy")
+        return m
+    if lora_rank:
+        torch.manual_seed(seed)
+        adapt(model, lora_rank, low)
+    model = prepared("policy", model)
+    models = {"policy": model}
+
+    # the reference; weights that autocast rounds anyway take no more than bf16
+    if not sft:
+        ref = None
+        if lora_rank and not ref_from:
+            ref = without_adapters(model)
+        elif loads:
+            ref = load_reference(ref_from or init_from, tokenizer)
+            if low and not sharded:
+                adapt(ref, 0, low)
+        ref = prepared("reference", ref)
+        models["reference"] = ref
+    if checkpoint_activations:
+        checkpoint_blocks(model)
 
     # -------------------------------------------------------------------------
     # resume and optimizer
-    # a resumed run has to find its data again, its reference, and the weights that its adapters were put on
-    foundations = [model] if sft else [ref]
-    if lora_rank and ref_from:
-        foundations.append(model)
-    origin = {"fingerprint": fingerprint(examples + held_out, *foundations), "started": started}
-
-    # what the loss, the speed and the log need to know of the models, while they are whole
     vocabulary, width = model.get_output_embeddings().weight.shape
     # entries that only the policy or the reference has are padding
     common = min(len(m.get_output_embeddings().weight) for m in models.values())
@@ -1381,10 +1480,8 @@ if __name__ == "__main__":
 
     # states: the hidden states of a row; one call of it gathers the weights that FSDP has spread
     for m in models.values():
-        # several processes compile block by block
-        if world > 1:
-            shard(m, device_type, compiled, low)
-        body = torch.compile(m.base_model, dynamic=False) if compiled and world == 1 else m.base_model
+        # a sharded model is compiled block by block
+        body = torch.compile(m.base_model, dynamic=False) if compiled and not sharded else m.base_model
         m.states = functools.partial(response_states, body, m)
         register_fsdp_forward_method(m, "states")
 
@@ -1393,26 +1490,28 @@ if __name__ == "__main__":
         opt = torch.optim.RMSprop(trained, lr=learning_rate)
     else:
         opt = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
-    max_steps = max_steps or math.ceil(len(examples) / batch_size)
+    max_steps = max_steps or math.ceil(epochs * len(examples) / batch_size)
 
-    step = 0
+    origin = {"fingerprint": " ".join(hashes), "started": started}
+    if resume and loads and state["fingerprint"] != origin["fingerprint"]:
+        sys.exit(f"error: the data or the model that the run in {out_dir} began with has changed; restore it, or "
+                 "start a new run with a different --out_dir")
+    step = from_rank_0(state.get("step", 0))
     if resume:
-        if state["fingerprint"] != origin["fingerprint"]:
-            sys.exit(f"error: the data or the model that the run in {out_dir} began with has changed; restore it, or "
-                     "start a new run with a different --out_dir")
         # of a model with adapters the checkpoint holds only these
-        weights = state["weights"]
+        weights = state.get("weights", {})
         if lora_rank:
             frozen = {name: x for name, x in model.state_dict().items() if not name.endswith((".0.A", ".0.B"))}
             weights = {**frozen, **weights}
+        options = FROM_RANK_0 if sharded else FULL
         try:
-            set_model_state_dict(model, weights, options=FULL)
-            set_optimizer_state_dict(model, opt, state["optimizer"], options=FULL)
+            set_model_state_dict(model, weights, options=options)
+            set_optimizer_state_dict(model, opt, state.get("optimizer", {}), options=options)
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             sys.exit(f"error: the checkpoint in {out_dir} does not fit this model: {reason}. If it is damaged, start "
                      "again with --overwrite=True")
-        step = state["step"]
+        del state, weights
     if step >= max_steps:
         # a kill may have come before its last files
         save(out_dir, model, tokenizer, opt, step, **origin)
@@ -1430,12 +1529,12 @@ if __name__ == "__main__":
         objective += f", beta {beta:g}"
     if method == "tdpo2":
         objective += f", alpha {alpha:g}"
-    epochs = max_steps * batch_size / len(examples)
-    print(f"run: {objective}, {max_steps} steps ({epochs:.1f} epochs), learning rate {learning_rate:g}, {device_type}, "
-          f"{dtype}, {world} processes; into {out_dir}", flush=True)
+    passes = max_steps * batch_size / len(examples)
+    print(f"run: {objective}, {max_steps} steps ({passes:.1f} epochs), learning rate {learning_rate:g} ({lr_decay}), "
+          f"{device_type}, {dtype}, {world} processes; into {out_dir}", flush=True)
     if warmup_steps > max_steps:
         print(f"warning: --warmup_steps={warmup_steps} is more than the {max_steps} steps: the learning rate gets no "
-              f"higher than {learning_rate * max_steps / warmup_steps:.2g} of {learning_rate:g}")
+              f"higher than {lr_at(max_steps - 1):.2g} of {learning_rate:g}")
     if getattr(model.config.get_text_config(), "router_aux_loss_coef", None):
         print("note: the loss that balances this model's experts (router_aux_loss_coef) is not part of the objective")
 
@@ -1487,8 +1586,8 @@ if __name__ == "__main__":
     def sampling():
         """Uncompiled, because torch.compile would compile anew for every length of a prompt; and in bf16 if FSDP
         gathers blocks in bf16, which then take no fp32 states."""
-        spread = torch.autocast(device_type, torch.bfloat16, enabled=world > 1 and low)
-        with torch.compiler.set_stance("force_eager"), spread:
+        rounded = torch.autocast(device_type, torch.bfloat16, enabled=sharded and low)
+        with torch.compiler.set_stance("force_eager"), rounded:
             yield
 
     @torch.no_grad()
@@ -1530,9 +1629,10 @@ if __name__ == "__main__":
 
     # on a GPU the fullest row of the longest examples shows whether memory suffices, before anything is replaced
     if device_type == "cuda":
+        # in all processes the same one, so that they run out of memory together
         fullest = sorted(examples, key=size)[-batch_size:]
-        batch, _ = next(rows_of(fullest))
-        try_row(batch, forward, opt)
+        row = pack([size(example) for example in fullest], row_tokens)[0]
+        try_row(collate([fullest[i] for i in row], row_length, device_type), forward, opt)
         # the peak of the steps and evaluations, not of what prepared them
         torch.cuda.reset_peak_memory_stats()
 
@@ -1589,7 +1689,7 @@ if __name__ == "__main__":
         # one step: its loss is one mean, however its pairs are packed; FSDP takes the mean over processes
         began = time.perf_counter()
         for group in opt.param_groups:
-            group["lr"] = learning_rate * min(1, (step + 1) / max(1, warmup_steps))
+            group["lr"] = lr_at(step)
         indices = batch_of(step)
         count = sum(len(examples[i].chosen) for i in indices) if sft else batch_size
         # on a CPU the gradients stay in place, because otherwise the heap would grow
@@ -1597,17 +1697,20 @@ if __name__ == "__main__":
         stats = []
         for batch, counts in batches:
             loss, some = forward(batch, counts)
-            (loss * (world / count)).backward()
+            (loss * ((world if sharded else 1) / count)).backward()
             stats.append(some)
         # the next step's rows are laid out while the device still works on this one's
         batches = list(rows_of([examples[i] for i in batch_of(step + 1)]))
+        for p in trained:
+            if not sharded and p.grad is not None:
+                total(p.grad)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         metrics = means(stats, count)
-        metrics["grad_norm"] = norm.full_tensor() if world > 1 else norm
+        metrics["grad_norm"] = norm.full_tensor() if sharded else norm
         # this waits for the device
         metrics = dict(zip(metrics, torch.stack(list(metrics.values())).tolist()))
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-            wheres = ", ".join(examples[i].where for i in indices[:8])
+            wheres = from_rank_0(", ".join(examples[i].where for i in indices[:8]))
             sys.exit(f"error: the loss ({metrics['loss']}) or the gradient norm ({metrics['grad_norm']}) of step "
                      f"{step + 1} is not finite. Nothing was saved since the last checkpoint: lower --learning_rate, "
                      f"or look at these {noun}: {wheres}")
@@ -1661,6 +1764,8 @@ if __name__ == "__main__":
         # exit hard: gloo's threads can abort the process during interpreter shutdown
         if rank == 0 and wandb_log:
             wandb.finish()
+        if rank == 0:
+            os.remove(os.path.join(out_dir, ".tokens.npy"))
         dist.destroy_process_group()
         log.close()
         os._exit(0)
