@@ -1680,15 +1680,15 @@ def says(code, message, name, *args, **options):
     return out
 
 
-def many(count, *args, **options):
-    """train.py on several processes, as torchrun starts them: (exit codes, what each of them said). The first that
+def many(count, *args, name="train.py", environ={}, **options):
+    """A script on several processes, as torchrun starts them: (exit codes, what each of them said). The first that
     fails ends the others."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    environ, ranks = dict(WORLD_SIZE=str(count), MASTER_ADDR="localhost", MASTER_PORT=port, OMP_NUM_THREADS="1"), []
+    environ, ranks = dict(environ, WORLD_SIZE=str(count), MASTER_ADDR="localhost", MASTER_PORT=port), []
     for rank in map(str, range(count)):
-        ranks.append(Run("train.py", *args, environ=dict(environ, RANK=rank, LOCAL_RANK=rank), **options))
+        ranks.append(Run(name, *args, environ=dict(environ, RANK=rank, LOCAL_RANK=rank), **options))
     while any(run.process.exitcode is None for run in ranks) and not any(run.process.exitcode for run in ranks):
         time.sleep(0.01)
     for run in ranks:
@@ -2500,34 +2500,119 @@ def block(containing):
 
 
 def test_the_plain_loop_of_the_readme(runs):
-    (ref, tokenizer), (model, _), seen = sample.load_model("sft"), sample.load_model("tdpo2"), []
-    examples, _ = read("pairs.jsonl", tokenizer, max_length=64)
+    """Also with the fused form in its place."""
+    examples, _ = read("pairs.jsonl", sample.load_model("sft")[1], max_length=64)
     pairs = [example[2:] for example in examples]
-    scope = dict(model=model, ref=ref, batches=[pairs[:8], pairs[8:12]], print=lambda *x: seen.append(x[-1]))
-    before, expected = [p.clone() for p in model.parameters()], own_loss(model, ref, examples[:8])[0].item()
-    exec(block("for pairs in batches"), scope)
-    assert scope["losses"].shape == (4,) and len(seen) == 2 and seen[0] == approx(expected, rel=1e-5)
-    assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    loop, weights = block("for pairs in batches"), []
+    exec(block("def fused_loss"), fused := dict(torch=torch))
+    line = re.search(r"losses, stats = .*", loop)[0]
+    for form in (line, "losses, stats = fused_loss(model, ref, ids, labels)"):
+        (ref, _), (model, _), seen = sample.load_model("sft"), sample.load_model("tdpo2"), []
+        before, expected = [p.clone() for p in model.parameters()], own_loss(model, ref, examples[:8])[0].item()
+        scope = dict(fused, model=model, ref=ref, batches=[pairs[:8], pairs[8:12]], print=lambda *x: seen.append(x))
+        exec(loop.replace(line, form), scope)
+        assert scope["stats"]["loss"].shape == (4,) and len(seen) == 2 and seen[0][-1] == approx(expected, rel=1e-5)
+        assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+        weights.append([*model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*weights))
 
 
-def test_the_trl_subclass_of_the_readme(runs):
-    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+def trl_trainer(models={}, **options):
+    """README's subclass on the file of pairs. models: its arguments instead of two models; options: of DPOConfig."""
+    import datasets
+    import trl
     exec(block("class TDPOTrainer"), scope := {})
     ref, tokenizer = sample.load_model("sft")
-    args = trl.DPOConfig("trl", per_device_train_batch_size=8, use_cpu=True, bf16=False, report_to=[], max_length=64,
-                         save_strategy="no")
+    given = dict(per_device_train_batch_size=8, use_cpu=True, bf16=False, report_to=[], max_length=64, max_steps=1,
+                 max_grad_norm=0, save_strategy="no", disable_tqdm=True)
+    args = trl.DPOConfig(tempfile.mkdtemp(), **{**given, **options})
     rows = datasets.Dataset.from_list(lines_of("pairs.jsonl"))
-    trainer = scope["TDPOTrainer"]("tdpo2", ref, args, train_dataset=rows, processing_class=tokenizer)
+    models = models or dict(model="tdpo2", ref_model=ref)
+    return scope["TDPOTrainer"](args=args, train_dataset=rows, processing_class=tokenizer, **models)
+
+
+def trl_gradients(models={}, **options):
+    """{name: gradient} of one step."""
+    trainer, found = trl_trainer(models, **options), {}
+
+    class Look(hf.TrainerCallback):
+        def on_pre_optimizer_step(self, *args, model, **kwargs):
+            found.update({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+    trainer.add_callback(Look())
+    trainer.train()
+    assert found and all(x.any() for x in found.values())
+    return {name.removeprefix("module."): x for name, x in found.items()}
+
+
+def trl_examples(trainer):
+    """The first batch of the trainer, and the pairs in it."""
     batch, responses = next(iter(trainer.get_train_dataloader())), []
     for ids, completion, real in zip(*(batch[x] for x in ("input_ids", "completion_mask", "attention_mask"))):
         responses.append([ids[(real == 1) & (completion == part)].tolist() for part in (0, 1)])
-    examples = [example_of(*responses[n], responses[n + 8][1]) for n in range(8)]
+    return batch, [example_of(*responses[n], responses[n + 8][1]) for n in range(8)]
+
+
+def test_the_trl_subclass_of_the_readme(runs):
+    pytest.importorskip("trl")
+    trainer = trl_trainer()
+    batch, examples = trl_examples(trainer)
     with torch.no_grad():
         loss = trainer._compute_loss(trainer.model, batch, False).item()
-    assert loss == approx(own_loss(sample.load_model("tdpo2")[0], ref, examples)[0].item(), rel=1e-5)
-    assert math.isfinite(trainer.train().training_loss)
+    model, ref = sample.load_model("tdpo2")[0], trainer.ref_model
+    expected, _ = own_loss(model, sample.load_model("sft")[0], examples)
+    assert loss == approx(expected.item(), rel=1e-5)
+    expected.backward()
+    gradients = trl_gradients()
+    for name, p in model.named_parameters():
+        assert torch.allclose(gradients[name], p.grad, atol=1e-6), name
+
+    # half of the pairs at a time is the same step
+    halves = trl_gradients(per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    assert all(torch.allclose(halves[name], x, atol=1e-6) for name, x in gradients.items())
+
+    # what it cannot do is said
+    for name, value in (("is_fsdp_enabled", True), ("is_deepspeed_enabled", True), ("precompute_ref_logps", True)):
+        with mock.patch.object(trainer, name, value), pytest.raises(ValueError, match="leave out FSDP, DeepSpeed and"):
+            trainer._compute_loss(trainer.model, batch, False)
+    model = tiny(hf.GraniteConfig(**{**SIZES, "vocab_size": len(model.lm_head.weight)}, **MIDDLE, logits_scaling=1.01))
+    with mock.patch.object(trainer, "ref_model", model), pytest.raises(ValueError, match="this model's logits are not"):
+        trainer._compute_loss(trainer.model, batch, False)
 
 
+def test_the_trl_subclass_trains_adapters(runs):
+    """A new adapter's reference is the model without it; that of an adapter that was trained before is its copy."""
+    pytest.importorskip("trl")
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["c_attn"], init_lora_weights=False)
+    fresh = dict(model="tdpo2", peft_config=config)
+    trainer = trl_trainer(fresh)
+    batch, examples = trl_examples(trainer)
+    with torch.no_grad():
+        loss = trainer._compute_loss(trainer.model, batch, False).item()
+    merged = copy.deepcopy(trainer.model).merge_and_unload()
+    assert loss == approx(own_loss(merged, sample.load_model("tdpo2")[0], examples)[0].item(), rel=1e-5)
+    assert abs(loss - math.log(2)) > 1e-3 and all("lora" in name for name in trl_gradients(fresh))
+
+    trainer = trl_trainer(dict(model=peft.get_peft_model(AutoModelForCausalLM.from_pretrained("tdpo2"), config)))
+    assert trainer._compute_loss(trainer.model, batch, False).item() == approx(math.log(2), rel=1e-6)
+
+
+def trl_process(out):
+    """One process of two: half of the step's pairs."""
+    gradients = trl_gradients(per_device_train_batch_size=4)
+    if os.environ["RANK"] == "0":
+        torch.save(gradients, out)
+
+
+def test_the_trl_subclass_in_two_processes(runs):
+    """DDP gives the gradients of one process."""
+    pytest.importorskip("trl")
+    write_lines("trl_process.py", ["import test_tdpo", "test_tdpo.trl_process('gradients.pt')"])
+    codes, outs = many(2, name=os.path.abspath("trl_process.py"), environ=dict(ACCELERATE_USE_CPU="true"))
+    assert codes == [0, 0], outs
+    found, expected = torch.load("gradients.pt"), trl_gradients()
+    assert list(found) == list(expected)
+    assert all(torch.allclose(found[name], x, atol=1e-6) for name, x in expected.items())
 
 
 def test_readme_names_options_that_exist():
