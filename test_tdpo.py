@@ -728,6 +728,19 @@ def test_gpu_compiled_flex_rows_equal_separate_sequences(name):
     rows_equal_sequences(tiny(config).cuda(), tiny(config, 1).cuda(), "compiled", atol=1e-4)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a GPU")
+def test_gpu_compiled_run_is_that_of_an_eager_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for x in eval_imdb.scratch_model(0):
+        x.save_pretrained("sft")
+    write_lines("pairs.jsonl", review_pairs(60))
+    for compiled in ("True", "False"):
+        trained(compiled, f"--compile={compiled}", "--dtype=float32", "--max_steps=4", "--eval_interval=0")
+    for a, b in zip(steps_of("True"), steps_of("False"), strict=True):
+        for name in ("loss", "margin", "kl_w", "kl_l", "grad_norm"):
+            assert a[name] == approx(b[name], rel=1e-2, abs=1e-5), name
+
+
 def test_a_compiled_body_takes_every_block_mask_with_one_graph(eager_flex):
     torch._dynamo.reset()
     model, counters = tiny("gpt2"), torch._dynamo.utils.counters["stats"]
@@ -1713,6 +1726,14 @@ def resumed(out_dir, *args, **options):
     return says(0, "saved " + out_dir, "train.py", "--resume=True", f"--out_dir={out_dir}", *args, **options)
 
 
+def review_pairs(count):
+    rng, rows = random.Random(0), []
+    for _ in range(count):
+        a, b = (eval_imdb.write_review(rng).split() for _ in range(2))
+        rows.append(dict(prompt=" ".join(a[:4]), chosen=" " + " ".join(a[4:24]), rejected=" " + " ".join(b[4:30])))
+    return rows
+
+
 TASK = ["--init_from=sft", "--train_prefixes=48", "--eval_prefixes=24"]
 
 
@@ -1724,11 +1745,7 @@ def made_once(tmp_path_factory):
         says(0, "saved sft", "train.py", "--method=sft", "--out_dir=sft", "--max_steps=40", "--eval_pairs=64")
         out = says(0, "saved tdpo2", "train.py", *TASK, "--out_dir=tdpo2", "--max_steps=8", "--eval_interval=4")
         write_lines("tdpo2.txt", [out])
-        rng, rows = random.Random(0), []
-        for _ in range(60):
-            a, b = (eval_imdb.write_review(rng).split() for _ in range(2))
-            rows.append(dict(prompt=" ".join(a[:4]), chosen=" " + " ".join(a[4:24]), rejected=" " + " ".join(b[4:30])))
-        write_lines("pairs.jsonl", rows)
+        write_lines("pairs.jsonl", review_pairs(60))
     return folder
 
 
