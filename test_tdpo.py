@@ -2614,22 +2614,36 @@ def test_the_trl_subclass_trains_adapters(runs):
     assert trainer._compute_loss(trainer.model, batch, False).item() == approx(math.log(2), rel=1e-6)
 
 
-def trl_process(out):
+def trl_models(name):
+    """A policy that lies in a folder, and the same one with noise as its reference."""
+    ref = AutoModelForCausalLM.from_pretrained(name)
+    torch.manual_seed(0)
+    for p in ref.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    return dict(model=name, ref_model=ref)
+
+
+def trl_process():
     """One process of two: half of the step's pairs."""
-    gradients = trl_gradients(per_device_train_batch_size=4)
-    if os.environ["RANK"] == "0":
-        torch.save(gradients, out)
+    for name in ("tdpo2", "untied"):
+        gradients = trl_gradients(trl_models(name), per_device_train_batch_size=4)
+        if os.environ["RANK"] == "0":
+            torch.save(gradients, name + ".gradients")
 
 
 def test_the_trl_subclass_in_two_processes(runs):
-    """DDP gives the gradients of one process."""
+    """DDP gives the gradients of one process, whether or not the output layer is the input's."""
     pytest.importorskip("trl")
-    write_lines("trl_process.py", ["import test_tdpo", "test_tdpo.trl_process('gradients.pt')"])
+    vocabulary = len(sample.load_model("tdpo2")[1])
+    tiny(hf.LlamaConfig(**{**SIZES, "vocab_size": vocabulary}, **GROUPS, tie_word_embeddings=False)).save_pretrained(
+        "untied")
+    write_lines("trl_process.py", ["import test_tdpo", "test_tdpo.trl_process()"])
     codes, outs = many(2, name=os.path.abspath("trl_process.py"), environ=dict(ACCELERATE_USE_CPU="true"))
     assert codes == [0, 0], outs
-    found, expected = torch.load("gradients.pt"), trl_gradients()
-    assert list(found) == list(expected)
-    assert all(torch.allclose(found[name], x, atol=1e-6) for name, x in expected.items())
+    for name in ("tdpo2", "untied"):
+        found, expected = torch.load(name + ".gradients"), trl_gradients(trl_models(name))
+        assert list(found) == list(expected)
+        assert all(torch.allclose(found[key], x, atol=1e-6) for key, x in expected.items()), name
 
 
 def test_readme_names_options_that_exist():

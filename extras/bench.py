@@ -174,14 +174,20 @@ def bench_forms(N, V, d, *forms):
 # -----------------------------------------------------------------------------
 # the day's items: tests, the loss layer, steps of train.py and of TRL on random weights
 
+
+def gemma(vocabulary, width, middle, layers, head):
+    """Gemma 3 with full attention in every layer."""
+    return hf.Gemma3TextConfig(vocab_size=vocabulary, hidden_size=width, intermediate_size=middle, head_dim=head,
+                               num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=1,
+                               sliding_window=16384, layer_types=["full_attention"] * layers)
+
+
 MODELS = {
     "gpt2-large": hf.GPT2Config(n_embd=1280, n_layer=36, n_head=20),
     "7B": llama(4096, 11008, 32),
-    # full attention in every layer
-    "gemma-3-1b": hf.Gemma3TextConfig(vocab_size=262144, hidden_size=1152, intermediate_size=6912, num_hidden_layers=26,
-                                      num_attention_heads=4, num_key_value_heads=1, head_dim=256, sliding_window=None,
-                                      layer_types=["full_attention"] * 26),
+    "gemma-3-1b": gemma(262144, 1152, 6912, 26, 256),
     "toy": hf.GPT2Config(vocab_size=2048, n_embd=32, n_layer=2, n_head=2),
+    "toy gemma": gemma(2048, 32, 48, 2, 8),
 }
 # tokens of prompt, chosen and rejected; empty: as in HH
 HH, LONG = (), (512, 7680, 7680)
@@ -307,8 +313,8 @@ def costs(profiler):
 
 def bench_trl(name, steps, batch, accumulate, sizes):
     """Steps of TRL's DPOTrainer as it comes, in bf16."""
-    from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
+    from datasets import Dataset
     folder, ends = tempfile.mkdtemp(), []
 
     class Watch(hf.TrainerCallback):
@@ -357,7 +363,8 @@ DAYS["toy"] = {
     "loss": (60, "500 TFLOP/s", bench_forms, (256, 2048, 32, *FORMS)),
     "HH": (60, "MFU 0.5", bench_steps, ("toy", 6, 4, HH)),
     "TRL": (60, "", bench_trl, ("toy", 4, 2, 2, HH)),
-    "adapters": (60, "", bench_steps, ("toy", 6, 1, (20, 580, 580), "--max_length=601", "--lora_rank=4")),
+    "adapters": (60, "", bench_steps, ("toy gemma", 6, 1, (20, 580, 580), "--max_length=601", "--lora_rank=4",
+                                       "--checkpoint_activations=True")),
 }
 COLUMNS = "passed pairs_per_s tokens_per_s mfu tflops seconds gib loss_share full".split()
 
