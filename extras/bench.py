@@ -118,7 +118,7 @@ def loss_case(N, V, d, response, device):
 
 
 def wait():
-    """For the device."""
+    """Until the device has done its work."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
 
@@ -307,8 +307,8 @@ def costs(profiler):
     for x in profiler.key_averages():
         if x.device_type == kind and not x.is_user_annotation:
             events.append((x.self_device_time_total or x.self_cpu_time_total, x.count, x.key[:90]))
-    total = sum(time for time, _, _ in events)
-    return [f"{time / 1000:.1f} ms, {time / total:.0%}, {count} x {key}" for time, count, key in sorted(events)[:-6:-1]]
+    total = sum(cost for cost, _, _ in events)
+    return [f"{cost / 1000:.1f} ms, {cost / total:.0%}, {count} x {key}" for cost, count, key in sorted(events)[:-6:-1]]
 
 
 def bench_trl(name, steps, batch, accumulate, sizes):
