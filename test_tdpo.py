@@ -729,6 +729,19 @@ def test_gpu_compiled_flex_rows_equal_separate_sequences(name):
     rows_equal_sequences(tiny(config).cuda(), tiny(config, 1).cuda(), "compiled", atol=1e-4)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a GPU")
+def test_gpu_compiled_run_is_that_of_an_eager_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for x in eval_imdb.scratch_model(0):
+        x.save_pretrained("sft")
+    write_lines("pairs.jsonl", review_pairs(60))
+    for compiled in ("True", "False"):
+        trained(compiled, f"--compile={compiled}", "--dtype=float32", "--max_steps=4", "--eval_interval=0")
+    for a, b in zip(steps_of("True"), steps_of("False"), strict=True):
+        for name in ("loss", "margin", "kl_w", "kl_l", "grad_norm"):
+            assert a[name] == approx(b[name], rel=1e-2, abs=1e-5), name
+
+
 def test_a_compiled_body_takes_every_block_mask_with_one_graph(eager_flex):
     torch._dynamo.reset()
     model, counters = tiny("gpt2"), torch._dynamo.utils.counters["stats"]
@@ -1712,15 +1725,15 @@ def says(code, message, name, *args, **options):
     return out
 
 
-def many(count, *args, **options):
-    """train.py on several processes, as torchrun starts them: (exit codes, what each of them said). The first that
+def many(count, *args, name="train.py", environ={}, **options):
+    """A script on several processes, as torchrun starts them: (exit codes, what each of them said). The first that
     fails ends the others."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    environ, ranks = dict(WORLD_SIZE=str(count), MASTER_ADDR="localhost", MASTER_PORT=port, OMP_NUM_THREADS="1"), []
+    environ, ranks = dict(environ, WORLD_SIZE=str(count), MASTER_ADDR="localhost", MASTER_PORT=port), []
     for rank in map(str, range(count)):
-        ranks.append(Run("train.py", *args, environ=dict(environ, RANK=rank, LOCAL_RANK=rank), **options))
+        ranks.append(Run(name, *args, environ=dict(environ, RANK=rank, LOCAL_RANK=rank), **options))
     while any(run.process.exitcode is None for run in ranks) and not any(run.process.exitcode for run in ranks):
         time.sleep(0.01)
     for run in ranks:
@@ -1745,6 +1758,14 @@ def resumed(out_dir, *args, **options):
     return says(0, "saved " + out_dir, "train.py", "--resume=True", f"--out_dir={out_dir}", *args, **options)
 
 
+def review_pairs(count):
+    rng, rows = random.Random(0), []
+    for _ in range(count):
+        a, b = (eval_imdb.write_review(rng).split() for _ in range(2))
+        rows.append(dict(prompt=" ".join(a[:4]), chosen=" " + " ".join(a[4:24]), rejected=" " + " ".join(b[4:30])))
+    return rows
+
+
 TASK = ["--init_from=sft", "--train_prefixes=48", "--eval_prefixes=24"]
 
 
@@ -1756,11 +1777,7 @@ def made_once(tmp_path_factory):
         says(0, "saved sft", "train.py", "--method=sft", "--out_dir=sft", "--max_steps=40", "--eval_pairs=64")
         out = says(0, "saved tdpo2", "train.py", *TASK, "--out_dir=tdpo2", "--max_steps=8", "--eval_interval=4")
         write_lines("tdpo2.txt", [out])
-        rng, rows = random.Random(0), []
-        for _ in range(60):
-            a, b = (eval_imdb.write_review(rng).split() for _ in range(2))
-            rows.append(dict(prompt=" ".join(a[:4]), chosen=" " + " ".join(a[4:24]), rejected=" " + " ".join(b[4:30])))
-        write_lines("pairs.jsonl", rows)
+        write_lines("pairs.jsonl", review_pairs(60))
     return folder
 
 
@@ -2565,34 +2582,133 @@ def block(containing):
 
 
 def test_the_plain_loop_of_the_readme(runs):
-    (ref, tokenizer), (model, _), seen = sample.load_model("sft"), sample.load_model("tdpo2"), []
-    examples, _ = read("pairs.jsonl", tokenizer, max_length=64)
+    """Also with the fused form in its place."""
+    examples, _ = read("pairs.jsonl", sample.load_model("sft")[1], max_length=64)
     pairs = [example[2:] for example in examples]
-    scope = dict(model=model, ref=ref, batches=[pairs[:8], pairs[8:12]], print=lambda *x: seen.append(x[-1]))
-    before, expected = [p.clone() for p in model.parameters()], own_loss(model, ref, examples[:8])[0].item()
-    exec(block("for pairs in batches"), scope)
-    assert scope["losses"].shape == (4,) and len(seen) == 2 and seen[0] == approx(expected, rel=1e-5)
-    assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    loop, weights = block("for pairs in batches"), []
+    exec(block("def fused_loss"), fused := dict(torch=torch))
+    line = re.search(r"losses, stats = .*", loop)[0]
+    for form in (line, "losses, stats = fused_loss(model, ref, ids, labels)"):
+        (ref, _), (model, _), seen = sample.load_model("sft"), sample.load_model("tdpo2"), []
+        before, expected = [p.clone() for p in model.parameters()], own_loss(model, ref, examples[:8])[0].item()
+        scope = dict(fused, model=model, ref=ref, batches=[pairs[:8], pairs[8:12]], print=lambda *x: seen.append(x))
+        exec(loop.replace(line, form), scope)
+        assert scope["stats"]["loss"].shape == (4,) and len(seen) == 2 and seen[0][-1] == approx(expected, rel=1e-5)
+        assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+        weights.append([*model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*weights))
 
 
-def test_the_trl_subclass_of_the_readme(runs):
-    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+def trl_trainer(models={}, **options):
+    """README's subclass on the file of pairs. models: its arguments instead of two models; options: of DPOConfig."""
+    import datasets
+    import trl
     exec(block("class TDPOTrainer"), scope := {})
     ref, tokenizer = sample.load_model("sft")
-    args = trl.DPOConfig("trl", per_device_train_batch_size=8, use_cpu=True, bf16=False, report_to=[], max_length=64,
-                         save_strategy="no")
+    given = dict(per_device_train_batch_size=8, use_cpu=True, bf16=False, report_to=[], max_length=64, max_steps=1,
+                 max_grad_norm=0, save_strategy="no", disable_tqdm=True)
+    args = trl.DPOConfig(tempfile.mkdtemp(), **{**given, **options})
     rows = datasets.Dataset.from_list(lines_of("pairs.jsonl"))
-    trainer = scope["TDPOTrainer"]("tdpo2", ref, args, train_dataset=rows, processing_class=tokenizer)
+    models = models or dict(model="tdpo2", ref_model=ref)
+    return scope["TDPOTrainer"](args=args, train_dataset=rows, processing_class=tokenizer, **models)
+
+
+def trl_gradients(models={}, **options):
+    """{name: gradient} of one step."""
+    trainer, found = trl_trainer(models, **options), {}
+
+    class Look(hf.TrainerCallback):
+        def on_pre_optimizer_step(self, *args, model, **kwargs):
+            found.update({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+    trainer.add_callback(Look())
+    trainer.train()
+    assert found and all(x.any() for x in found.values())
+    return {name.removeprefix("module."): x for name, x in found.items()}
+
+
+def trl_examples(trainer):
+    """The first batch of the trainer, and the pairs in it."""
     batch, responses = next(iter(trainer.get_train_dataloader())), []
     for ids, completion, real in zip(*(batch[x] for x in ("input_ids", "completion_mask", "attention_mask"))):
         responses.append([ids[(real == 1) & (completion == part)].tolist() for part in (0, 1)])
-    examples = [example_of(*responses[n], responses[n + 8][1]) for n in range(8)]
+    return batch, [example_of(*responses[n], responses[n + 8][1]) for n in range(8)]
+
+
+def test_the_trl_subclass_of_the_readme(runs):
+    pytest.importorskip("trl")
+    trainer = trl_trainer()
+    batch, examples = trl_examples(trainer)
     with torch.no_grad():
         loss = trainer._compute_loss(trainer.model, batch, False).item()
-    assert loss == approx(own_loss(sample.load_model("tdpo2")[0], ref, examples)[0].item(), rel=1e-5)
-    assert math.isfinite(trainer.train().training_loss)
+    model, ref = sample.load_model("tdpo2")[0], trainer.ref_model
+    expected, _ = own_loss(model, sample.load_model("sft")[0], examples)
+    assert loss == approx(expected.item(), rel=1e-5)
+    expected.backward()
+    gradients = trl_gradients()
+    for name, p in model.named_parameters():
+        assert torch.allclose(gradients[name], p.grad, atol=1e-6), name
+
+    # half of the pairs at a time is the same step
+    halves = trl_gradients(per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    assert all(torch.allclose(halves[name], x, atol=1e-6) for name, x in gradients.items())
+
+    # what it cannot do is said
+    for name, value in (("is_fsdp_enabled", True), ("is_deepspeed_enabled", True), ("precompute_ref_logps", True)):
+        with mock.patch.object(trainer, name, value), pytest.raises(ValueError, match="leave out FSDP, DeepSpeed and"):
+            trainer._compute_loss(trainer.model, batch, False)
+    model = tiny(hf.GraniteConfig(**{**SIZES, "vocab_size": len(model.lm_head.weight)}, **MIDDLE, logits_scaling=1.01))
+    with mock.patch.object(trainer, "ref_model", model), pytest.raises(ValueError, match="this model's logits are not"):
+        trainer._compute_loss(trainer.model, batch, False)
 
 
+def test_the_trl_subclass_trains_adapters(runs):
+    """A new adapter's reference is the model without it; that of an adapter that was trained before is its copy."""
+    pytest.importorskip("trl")
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["c_attn"], init_lora_weights=False)
+    fresh = dict(model="tdpo2", peft_config=config)
+    trainer = trl_trainer(fresh)
+    batch, examples = trl_examples(trainer)
+    with torch.no_grad():
+        loss = trainer._compute_loss(trainer.model, batch, False).item()
+    merged = copy.deepcopy(trainer.model).merge_and_unload()
+    assert loss == approx(own_loss(merged, sample.load_model("tdpo2")[0], examples)[0].item(), rel=1e-5)
+    assert abs(loss - math.log(2)) > 1e-3 and all("lora" in name for name in trl_gradients(fresh))
+
+    trainer = trl_trainer(dict(model=peft.get_peft_model(AutoModelForCausalLM.from_pretrained("tdpo2"), config)))
+    assert trainer._compute_loss(trainer.model, batch, False).item() == approx(math.log(2), rel=1e-6)
+
+
+def trl_models(name):
+    """A policy that lies in a folder, and the same one with noise as its reference."""
+    ref = AutoModelForCausalLM.from_pretrained(name)
+    torch.manual_seed(0)
+    for p in ref.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    return dict(model=name, ref_model=ref)
+
+
+def trl_process():
+    """One process of two: half of the step's pairs."""
+    for name in ("tdpo2", "untied"):
+        gradients = trl_gradients(trl_models(name), per_device_train_batch_size=4)
+        if os.environ["RANK"] == "0":
+            torch.save(gradients, name + ".gradients")
+
+
+def test_the_trl_subclass_in_two_processes(runs):
+    """DDP gives the gradients of one process, whether or not the output layer is the input's."""
+    pytest.importorskip("trl")
+    vocabulary = len(sample.load_model("tdpo2")[1])
+    tiny(hf.LlamaConfig(**{**SIZES, "vocab_size": vocabulary}, **GROUPS, tie_word_embeddings=False)).save_pretrained(
+        "untied")
+    write_lines("trl_process.py", ["import test_tdpo", "test_tdpo.trl_process()"])
+    codes, outs = many(2, name=os.path.abspath("trl_process.py"), environ=dict(ACCELERATE_USE_CPU="true"))
+    assert codes == [0, 0], outs
+    for name in ("tdpo2", "untied"):
+        found, expected = torch.load(name + ".gradients"), trl_gradients(trl_models(name))
+        assert list(found) == list(expected)
+        assert all(torch.allclose(found[key], x, atol=1e-6) for key, x in expected.items()), name
 
 
 def test_readme_names_options_that_exist():

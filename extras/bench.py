@@ -1,71 +1,80 @@
-"""Benchmarks: the loss layer, and the runs that have to be measured on a GPU.
+"""Benchmarks.
 
-    python -m extras.bench                      # the loss layer: 4096 tokens, vocabulary 50257, width 768
-    python -m extras.bench 8192 151936 1024     # the loss layer at other sizes
-    python -m extras.bench gpu FOLDER           # on a GPU: the loss layer, and runs of train.py
+    python -m extras.bench gpu FOLDER       # on a GPU: tests, the loss layer, steps of train.py and of TRL
+    python -m extras.bench loss FOLDER      # the loss layer: 4096 tokens, vocabulary 50257, width 768
+    python -m extras.bench toy FOLDER       # all of it at toy sizes
 
-The last one writes FOLDER/CARD.json after each measurement. Started again, it continues with those that failed or that
-are missing.
+It takes at most twelve minutes. After each item it writes FOLDER/gpu-CARD.json and FOLDER/gpu-CARD.md. Started again,
+it continues with the items that are missing, and then with those that failed.
 """
 import argparse
+import contextlib
+import copy
+import functools
+import io
 import json
 import os
+import re
 import runpy
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import train        # before torch, because it sets up the memory of the process
 import numpy as np
 import torch
 import transformers as hf
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoModelForCausalLM
 
+import sample
 import tdpo
 from eval_imdb import read_log, scratch_model
 from extras.compare import PROJECT
-from extras.memory import qwen
-from sample import DEVICES
+from extras.memory import llama
 
-# a measurement that takes longer than this many seconds has failed
-SECONDS = 600
+DEVICE = sample.DEVICES[0]
 
 
-def apart(measure, *args):
+def run_command(command, limit):
+    """(exit code, output) of a command and of what it starts, which all end with it. RuntimeError: it takes longer than
+    limit seconds."""
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, cwd=PROJECT, stdout=output, stderr=output, process_group=0)
+        try:
+            process.wait(limit)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"it did not end within {limit:.0f} seconds") from None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(0)
+        return process.returncode, output.read()
+
+
+def apart(limit, measure, *args):
     """The result of a function of this file, run in a process of its own, so that no measurement finds the memory or
     the compiled code of a different one. RuntimeError: the last words of a process that failed."""
-    command = [sys.executable, "-m", "extras.bench", "one", measure.__name__, json.dumps(args)]
-    try:
-        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"it did not end within {SECONDS} seconds") from None
-    if done.returncode != 0:
-        raise RuntimeError(f"exit code {done.returncode}: {(done.stdout + done.stderr)[-2000:]}")
-    # the last line, because what it measures may print, too
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def show(*cells):
-    """Print a row of a table."""
-    texts = []
-    for x in cells:
-        if isinstance(x, float):
-            x = f"{x:.4g}"
-        texts.append(str(x))
-    print("| " + " | ".join(texts) + " |", flush=True)
+    code, output = run_command([sys.executable, "-m", "extras.bench", "one", measure.__name__, json.dumps(args)], limit)
+    results = re.findall(r"^result: (.*)", output, re.M)
+    if code != 0 or not results:
+        raise RuntimeError(f"exit code {code}: {output[-2000:]}")
+    return json.loads(results[-1])
 
 
 # -----------------------------------------------------------------------------
 # the loss layer, forward and backward under bf16 autocast
 
 
-def unfused(hidden, weight, ref_hidden, ref_weight, labels, pair, chosen):
-    """The naive form: logits of all N response tokens at once, N x V."""
+def naive(hidden, weight, ref_hidden, ref_weight, labels, pair, chosen):
+    """Logits of all N response tokens at once, N x V."""
     tokens = tdpo.token_stats(hidden @ weight.T, ref_hidden @ ref_weight.T, labels)
-    sequence = (2 * pair + chosen).to(hidden.device)
-    sums = tdpo.sum_tokens(tokens, labels, sequence, 2 * int(pair[-1]) + 2)
-    w, l = tdpo.Sums(*[x[1::2] for x in sums]), tdpo.Sums(*[x[0::2] for x in sums])
-    losses, _ = tdpo.preference_loss("tdpo2", w, l)
+    sequence, rejected = (2 * pair + chosen).to(hidden.device), torch.arange(0, 2 * int(pair[-1]) + 2, 2)
+    losses, _ = tdpo._pair_losses(tokens, labels, sequence, 2 * len(rejected), rejected + 1, rejected, "tdpo2", {})
     return losses.mean()
 
 
@@ -82,211 +91,350 @@ def products(hidden, weight, ref_hidden, *_):
         low, budget = weight.bfloat16(), tdpo.CHUNK_BYTES
     rows = max(1, budget // (4 * len(weight)))
     rounded, d_weight = weight.bfloat16(), torch.zeros_like(weight)
-    with torch.autocast(hidden.device.type, enabled=False), torch.backends.mkldnn.flags(None, None, None, "bf16"):
+    with torch.autocast(DEVICE, enabled=False), torch.backends.mkldnn.flags(None, None, None, "bf16"):
         for h, ref_h in zip(hidden.split(rows), ref_hidden.split(rows)):
-            d_logits = product(h.to(low.dtype), low.T).bfloat16()
-            product(ref_h.to(low.dtype), low.T)
+            d_logits = tdpo._product(h.to(low.dtype), low.T, torch.float32).bfloat16()
+            tdpo._product(ref_h.to(low.dtype), low.T, torch.float32)
             d_logits @ rounded
-            d_weight += product(d_logits.T, h.bfloat16())
+            d_weight += tdpo._product(d_logits.T, h.bfloat16(), torch.float32)
 
 
-def product(a, b):
-    """a @ b in fp32; on a GPU also of bf16 operands."""
-    if a.is_cuda and a.dtype == torch.bfloat16:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a @ b
-
-
-FORMS = {"products": products, "fused": fused, "unfused": unfused}
+# N tokens in pairs of two responses of 64; 2 N tokens in such pairs, and in one pair
+FORMS = {"products": products, "fused": fused, "naive": naive, "short pairs": fused, "one long pair": fused}
 
 
 def loss_case(N, V, d, response, device):
     """Inputs of the loss layer, as `fused_tdpo_loss` takes them: N tokens in pairs of two equally long responses, fp32
     weights (V, d), and a policy a little off its reference."""
-    generator = torch.Generator().manual_seed(0)
-    hidden, noise = torch.randn(2, N, d, generator=generator).unbind()
-    weight = torch.randn(V, d, generator=generator) * 2 / d**0.5
-    labels = torch.randint(0, V, (N,), generator=generator)
-    case = [x.to(device) for x in (hidden, weight, hidden + 0.05 * noise, weight.clone(), labels)]
-    for x in case[:2]:
-        x.requires_grad_()
+    generator = torch.Generator(device).manual_seed(0)
+    draw = functools.partial(torch.randn, generator=generator, device=device)
+    hidden, weight = draw(N, d), draw(V, d) * 2 / d**0.5
+    labels = torch.randint(0, V, (N,), generator=generator, device=device)
+    case = [hidden.requires_grad_(), weight.requires_grad_(), hidden.detach() + 0.05 * draw(N, d),
+            weight.detach().clone(), labels]
     token = torch.arange(N)
     pair, chosen = token // (2 * response), token % (2 * response) < response
     return *case, pair, chosen
 
 
+def wait():
+    """Until the device has done its work."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
 def time_loss(form, case):
     """Seconds of one forward and backward pass."""
-    device = case[0].device.type
     began = time.perf_counter()
-    with torch.autocast(device, torch.bfloat16), torch.set_grad_enabled(form != "products"):
+    with torch.autocast(DEVICE, torch.bfloat16), torch.set_grad_enabled(form != "products"):
         loss = FORMS[form](*case)
     if form != "products":
         loss.backward()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - began
 
 
-def bench_loss(form, N, V, d, response=64):
+def bench_loss(form, N, V, d):
     """{seconds, tflops, gib}: the median of three passes after two that warm up, and the extra memory. On a GPU that is
     the peak beyond the inputs; on a CPU, beyond the peak of a pass over 256 tokens, which has the weights' gradient."""
-    device = DEVICES[0]
-    case = loss_case(N, V, d, response, device)
+    response = 64
+    if "pair" in form:
+        N *= 2
+    if form == "one long pair":
+        response = N // 2
+    case = loss_case(N, V, d, response, DEVICE)
 
     # a small pass of whole pairs first, so that compiling does not count as memory
     hidden, weight, ref_hidden, ref_weight, labels, _, _ = case
     n = min(N, 256)
     *_, pair, chosen = loss_case(n, 1, 1, 64, "cpu")
     time_loss(form, (hidden[:n], weight, ref_hidden[:n], ref_weight, labels[:n], pair, chosen))
-    before = train.peak_gib(device)
-    if device == "cuda":
+    before = train.peak_gib(DEVICE)
+    if DEVICE == "cuda":
         hidden.grad = weight.grad = None
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() / 2**30
 
     times = [time_loss(form, case) for _ in range(4)]
     seconds = float(np.median(times[1:]))
-    return {"seconds": seconds, "tflops": 8e-12 * N * V * d / seconds, "gib": train.peak_gib(device) - before}
+    return {"seconds": seconds, "tflops": 8e-12 * N * V * d / seconds, "gib": train.peak_gib(DEVICE) - before}
 
 
-def bench_layer(N=4096, V=50257, d=768):
-    """Print the three forms beside each other, and a long pair beside short ones."""
-    print(f"torch {torch.__version__}, {DEVICES[0]}, {torch.get_num_threads()} threads")
-    show("N", "V", "d", "form", "s", "TFLOP/s", "extra GiB")
-    show(*["---"] * 7)
+def bench_forms(N, V, d, *forms):
+    """{form: the result of bench_loss}, in one process."""
     found = {}
-    for form in FORMS:
-        found[form] = apart(bench_loss, form, N, V, d)
-        show(N, V, d, form, *found[form].values())
-    print(f"fused: {found['fused']['seconds'] / found['products']['seconds']:.2f} times the seconds of its products, "
-          f"{found['fused']['gib'] / found['unfused']['gib']:.3f} of the unfused form's extra memory\n")
-
-    # the memory must not depend on how long a pair is: 64 pairs of 2 x 64 tokens, and one with as many tokens
-    short = apart(bench_loss, "fused", 8192, V, d, 64)["gib"]
-    long = apart(bench_loss, "fused", 8192, V, d, 4096)["gib"]
-    print(f"fused, 8192 tokens: one long pair takes {long:.3f} GiB extra, 64 short pairs {short:.3f}, which is "
-          f"{long / short:.2f} times as much")
-
-
-# -----------------------------------------------------------------------------
-# whole runs of train.py on a GPU
-
-GPU_MODELS = {
-    "0.6B": hf.Qwen3Config(vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
-                           num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True),
-    "1.5B": qwen(1536, 8960, 28, 12),
-}
-TOY_MODELS = {
-    "toy": hf.LlamaConfig(vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                          num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512),
-}
-
-
-def random_model(folder, config, pairs):
-    """Write a model of random weights in bf16 with the embedded task's tokenizer, and pairs as long as HH's: prompts of
-    100 tokens and responses of 65 in the middle."""
-    _, tokenizer = scratch_model(0)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-
-    def random_words(n):
-        return " ".join(tokenizer.convert_ids_to_tokens(rng.integers(2, len(tokenizer), n)))
-    rng = np.random.default_rng(0)
-    with open(folder + ".jsonl", "w") as f:
-        for _ in range(pairs):
-            lengths = np.exp(rng.normal((4.6, 4.2, 4.2), (0.8, 0.7, 0.7))).clip(2, 400).astype(int)
-            prompt, chosen, rejected = [random_words(n) for n in lengths]
-            f.write(json.dumps({"prompt": prompt, "chosen": " " + chosen, "rejected": " " + rejected}) + "\n")
-
-
-def bench_run(model, steps, *options):
-    """Speed and memory of a run of train.py: medians of the steps that follow the first three."""
-    folder = model + "-run"
-    sys.argv = ["train.py", f"--init_from={model}", f"--data={model}.jsonl", f"--max_steps={steps}", "--bad_rows=0",
-                "--eval_pairs=8", "--eval_interval=0", "--save_interval=0", "--max_new_tokens=1", f"--out_dir={folder}",
-                "--overwrite=True", *options]
-    runpy.run_path(os.path.join(PROJECT, "train.py"), run_name="__main__")
-    log = [record for record in read_log(folder) if "loss" in record]
-    found = {}
-    for name in ("pairs_per_s", "mfu", "peak_gib"):
-        if name in log[-1]:
-            found[name] = float(np.median([record[name] for record in log[3:]]))
+    for form in forms:
+        try:
+            found[form] = bench_loss(form, N, V, d)
+        except torch.OutOfMemoryError as error:
+            found[form] = {"failed": str(error)}
     return found
 
 
-def day_items(folder, models, vocabularies, steps, batch, N, d):
-    """{name: (function, its arguments)} of all measurements, in order."""
-    items = {}
-    for V in vocabularies:
-        items[f"products, V {V}"] = bench_loss, ("products", N, V, d)
-        items[f"fused, V {V}"] = bench_loss, ("fused", N, V, d)
-    for name in models:
-        model, size = os.path.join(folder, name), f"--batch_size={batch}"
-        for rank in (0, 16):
-            items[f"{name}, rank {rank}"] = bench_run, (model, steps, size, f"--lora_rank={rank}")
-    return items
+# -----------------------------------------------------------------------------
+# the day's items: tests, the loss layer, steps of train.py and of TRL on random weights
 
 
-def gpu_day(folder, toy=False):
-    """{name: the result of a measurement}. One that fails says why, and the others go on. toy: tiny sizes on any
-    device, for a test."""
-    models, vocabularies, steps, batch, N, d = GPU_MODELS, (50257, 128256, 151936), 12, 64, 8192, 1024
-    card = "cpu"
-    if torch.cuda.is_available():
-        card = torch.cuda.get_device_name()
-    if toy:
-        models, vocabularies, steps, batch, N, d = TOY_MODELS, (2048,), 5, 8, 128, 32
-    elif card == "cpu":
-        sys.exit("error: torch sees no GPU here")
+def gemma(vocabulary, width, middle, layers, head):
+    """Gemma 3 with full attention in every layer."""
+    return hf.Gemma3TextConfig(vocab_size=vocabulary, hidden_size=width, intermediate_size=middle, head_dim=head,
+                               num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=1,
+                               sliding_window=16384, layer_types=["full_attention"] * layers)
 
-    # the results of an earlier start, if it was on a card like this one
-    folder = os.path.abspath(folder)
-    os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, card.replace(" ", "-") + ".json")
-    found = {}
-    if os.path.exists(path):
-        with open(path) as f:
-            found = json.load(f)
-    for name, config in models.items():
-        if not os.path.exists(os.path.join(folder, name + ".jsonl")):
-            random_model(os.path.join(folder, name), config, pairs=(steps + 1) * batch + 100)
 
-    for name, (measure, args) in day_items(folder, models, vocabularies, steps, batch, N, d).items():
-        if name in found and "failed" not in found[name]:
-            continue
-        began = time.time()
-        try:
-            found[name] = apart(measure, *args)
-        except RuntimeError as error:
-            found[name] = {"failed": str(error)}
-        found[name].update(took=time.time() - began, torch=torch.__version__)
+MODELS = {
+    "gpt2-large": hf.GPT2Config(n_embd=1280, n_layer=36, n_head=20),
+    "7B": llama(4096, 11008, 32),
+    "gemma-3-1b": gemma(262144, 1152, 6912, 26, 256),
+    "toy": hf.GPT2Config(vocab_size=2048, n_embd=32, n_layer=2, n_head=2),
+    "toy gemma": gemma(2048, 32, 48, 2, 8),
+}
+# tokens of prompt, chosen and rejected; empty: as in HH
+HH, LONG = (), (512, 7680, 7680)
 
-        # at once, because the machine may be gone before the last one
-        with open(path, "w") as f:
-            json.dump(found, f, indent=1)
-        print(f"{name}: {found[name]}", flush=True)
 
-    show("measured", "pairs/s", "MFU", "TFLOP/s", "peak GiB")
-    show(*["---"] * 5)
+def bench_tests(expression):
+    """How many tests of test_tdpo.py have passed. RuntimeError: not all that the expression selects, or none."""
+    import pytest
+
+    class Count:
+        passed = 0
+
+        def pytest_runtest_logreport(self, report):
+            self.passed += report.when == "call" and report.passed
+    count = Count()
+    code = pytest.main(["-q", "-p", "no:cacheprovider", "-k", expression, "test_tdpo.py"], plugins=[count])
+    if code != 0 or count.passed == 0:
+        raise RuntimeError(f"{count.passed} tests passed, and pytest ended with {code}")
+    return {"passed": count.passed}
+
+
+def random_model(name):
+    """(model, tokenizer): random weights in fp32 on the device, and the words of the embedded task."""
+    _, tokenizer = scratch_model(0)
+    torch.manual_seed(0)
+    config = copy.deepcopy(MODELS[name])
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
+    with torch.device(DEVICE):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), tokenizer
+
+
+def random_pairs(count, sizes):
+    """Pairs of random words. HH's prompts have 100 tokens in the middle, and its responses 65."""
+    _, tokenizer = scratch_model(0)
+    rng, rows = np.random.default_rng(0), []
+    for _ in range(count):
+        lengths = sizes or np.exp(rng.normal((4.6, 4.2, 4.2), (0.8, 0.7, 0.7))).clip(2, 400).astype(int)
+        texts = [" ".join(tokenizer.convert_ids_to_tokens(rng.integers(2, len(tokenizer), n))) for n in lengths]
+        rows.append({"prompt": texts[0], "chosen": " " + texts[1], "rejected": " " + texts[2]})
+    return rows
+
+
+class Enough(Exception):
+    """Ends a run before it saves its model."""
+
+
+def bench_steps(name, steps, batch, sizes, *options):
+    """Steps of train.py: medians of those between the third and the last two, and the largest costs of the last."""
+    folder, said = tempfile.mkdtemp(), io.StringIO()
+    with open(folder + "/pairs.jsonl", "w") as f:
+        f.writelines(json.dumps(row) + "\n" for row in random_pairs(steps * batch + 40, sizes))
+    profiler = torch.profiler.profile()
+
+    # the end of each step, and when its losses began and ended
+    calls, ends = [], []
+    fused_loss = tdpo.fused_tdpo_loss
+
+    def timed_loss(*args, **kwargs):
+        begin = moment()
+        result = fused_loss(*args, **kwargs)
+        calls.append((begin, moment()))
+        return result
+
+    def after_step(*_):
+        ends.append((moment(), calls.copy()))
+        calls.clear()
+        if len(ends) == steps - 1:
+            profiler.start()
+        if len(ends) == steps:
+            raise Enough
+    tdpo.fused_tdpo_loss = timed_loss
+    sample.load_model = lambda *args, **kwargs: random_model(name)
+    register_optimizer_step_post_hook(after_step)
+    sys.argv = ["train.py", f"--init_from={name}", f"--data={folder}/pairs.jsonl", f"--max_steps={steps}",
+                f"--batch_size={batch}", "--eval_pairs=8", "--eval_interval=0", "--save_interval=0", "--bad_rows=0",
+                f"--out_dir={folder}/run", *options]
+    try:
+        with contextlib.redirect_stdout(said):
+            runpy.run_path(os.path.join(PROJECT, "train.py"), run_name="__main__")
+    except Enough:
+        wait()
+        profiler.stop()
+    finally:
+        print(said.getvalue())
+
+    log = [record for record in read_log(folder + "/run") if "loss" in record][3:-1]
+    shutil.rmtree(folder)
+    # the same steps: how full the rows are, and the loss's share of the time
+    row_tokens = int(re.search(r"rows: up to (\d+) tokens", said.getvalue())[1])
+    for record, (begin, _), (end, losses) in zip(log, ends[2:], ends[3:]):
+        tokens = record["tokens_per_s"] / record["pairs_per_s"] * batch
+        record["full"] = tokens / (len(losses) * row_tokens)
+        record["loss_share"] = sum(seconds(*call) for call in losses) / seconds(begin, end)
+        record["gib"] = record["peak_gib"]
+    found = {key: float(np.median([x[key] for x in log])) for key in COLUMNS if key in log[0]}
+    return {**found, "costs": costs(profiler)}
+
+
+def moment():
+    """A point in time: on a GPU, in the queue of its work."""
+    if DEVICE != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds(begin, end):
+    """From one moment to another, when all work is done."""
+    return begin.elapsed_time(end) / 1000 if DEVICE == "cuda" else end - begin
+
+
+def costs(profiler):
+    """The five largest costs, as text: a GPU's kernels, elsewhere operations."""
+    kind = torch.autograd.DeviceType.CUDA if DEVICE == "cuda" else torch.autograd.DeviceType.CPU
+    events = []
+    for x in profiler.key_averages():
+        if x.device_type == kind and not x.is_user_annotation:
+            events.append((x.self_device_time_total or x.self_cpu_time_total, x.count, x.key[:90]))
+    total = sum(cost for cost, _, _ in events)
+    return [f"{cost / 1000:.1f} ms, {cost / total:.0%}, {count} x {key}" for cost, count, key in sorted(events)[:-6:-1]]
+
+
+def bench_trl(name, steps, batch, accumulate, sizes):
+    """Steps of TRL's DPOTrainer as it comes, in bf16."""
+    from trl import DPOConfig, DPOTrainer
+    from datasets import Dataset
+    folder, ends = tempfile.mkdtemp(), []
+
+    class Watch(hf.TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            wait()
+            ends.append(time.perf_counter())
+    args = DPOConfig(folder, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, bf16=True,
+                     max_steps=steps, max_length=512, optim="rmsprop", report_to=[], save_strategy="no",
+                     use_cpu=DEVICE != "cuda")
+    (model, tokenizer), (ref, _) = random_model(name), random_model(name)
+    DPOTrainer(model, ref, args, train_dataset=Dataset.from_list(random_pairs(steps * batch * accumulate, sizes)),
+               processing_class=tokenizer, callbacks=[Watch()]).train()
+    shutil.rmtree(folder)
+    return {"pairs_per_s": batch * accumulate / float(np.median(np.diff(ends[2:]))), "gib": train.peak_gib(DEVICE)}
+
+
+# -----------------------------------------------------------------------------
+# the day
+
+SECONDS = 720       # a day takes no longer
+
+# in order of worth, {name: (the seconds that it may take, goals and public figures, function, arguments)}
+DAYS = {}
+DAYS["gpu"] = {
+    "tests of compiled rows": (120, "all pass", bench_tests, ("gpu_compiled_flex",)),
+    "tests of the fused loss": (60, "all pass", bench_tests, ("gpu_fused",)),
+    "loss, V 151936, d 4096": (
+        60, "500 TFLOP/s; an H100, without a reference (6 of these 8 NVd): products 0.042 s, naive 0.059, TRL 0.167, "
+        "Liger 0.192", bench_forms, (8192, 151936, 4096, "products", "fused", "naive")),
+    "gpt2-large, HH": (200, "MFU 0.5, 3 x TRL", bench_steps, ("gpt2-large", 12, 64, HH)),
+    "TRL, gpt2-large, HH, 1 x 8": (75, "", bench_trl, ("gpt2-large", 12, 1, 8, HH)),
+    "7B, adapters, HH": (200, "MFU 0.5", bench_steps, ("7B", 10, 64, HH, "--lora_rank=16")),
+    "loss, V 262144, d 1152": (
+        60, "500 TFLOP/s; one long pair takes no more GiB than short ones", bench_forms,
+        (8192, 262144, 1152, "products", "fused", "short pairs", "one long pair")),
+    "test of a compiled run": (100, "passes", bench_tests, ("gpu_compiled_run",)),
+    "gemma-3-1b, 2 x 8192 tokens": (150, "MFU 0.5; TRL 12.0 GiB", bench_steps, (
+        "gemma-3-1b", 8, 1, LONG, "--max_length=8200", "--checkpoint_activations=True")),
+    "gpt2-large, HH, again": (100, "MFU 0.5, 3 x TRL", bench_steps, ("gpt2-large", 12, 64, HH)),
+    "TRL, gpt2-large, HH, 8 x 1": (75, "", bench_trl, ("gpt2-large", 12, 8, 1, HH)),
+    "loss, V 50257, d 1280": (60, "500 TFLOP/s", bench_forms, (8192, 50257, 1280, "products", "fused", "naive")),
+}
+DAYS["loss"] = {f"loss, {form}": (200, "", bench_loss, (form, 4096, 50257, 768)) for form in FORMS}
+DAYS["toy"] = {
+    "tests": (60, "all pass", bench_tests, ("row_is_what_is_drawn",)),
+    "loss": (60, "500 TFLOP/s", bench_forms, (256, 2048, 32, *FORMS)),
+    "HH": (60, "MFU 0.5", bench_steps, ("toy", 6, 4, HH)),
+    "TRL": (60, "", bench_trl, ("toy", 4, 2, 2, HH)),
+    "adapters": (60, "", bench_steps, ("toy gemma", 6, 1, (20, 580, 580), "--max_length=601", "--lora_rank=4",
+                                       "--checkpoint_activations=True")),
+}
+COLUMNS = "passed pairs_per_s tokens_per_s mfu tflops seconds gib loss_share full".split()
+
+
+def report(items, found):
+    """The results in Markdown: a table, the costs of steps, and what is missing."""
+    lines = ["| | " + " | ".join(COLUMNS) + " | goal |", "|---" * (len(COLUMNS) + 2) + "|"]
     for name, values in found.items():
-        show(name, *[values.get(key, "") for key in ("pairs_per_s", "mfu", "tflops", "peak_gib")])
+        # the loss has several forms
+        parts = {f"{name}: {form}": x for form, x in values.items() if isinstance(x, dict)} or {name: values}
+        for part, numbers in parts.items():
+            cells = [f"{numbers[key]:.4g}" if key in numbers else "" for key in COLUMNS]
+            if "failed" in numbers:
+                cells[0] = "failed: " + " ".join(numbers["failed"].replace("|", "/").split())[-200:]
+            lines.append(f"| {part} | {' | '.join(cells)} | {items[name][1]} |")
+    for name, values in found.items():
+        if "costs" in values:
+            lines += ["", f"{name}, the largest costs of a step:", "", *["- " + line for line in values["costs"]]]
+    missing = [name for name in items if name not in found]
+    return "\n".join([*lines, "", f"missing: {'; '.join(missing) or 'nothing'}", ""])
+
+
+def run_day(folder, kind):
+    """{name: the result} of all items that this day and those before it on this card have reached."""
+    end, items = time.time() + SECONDS, DAYS[kind]
+    card = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, f"{kind}-{card}".replace(" ", "-"))
+    found = {}
+    if os.path.exists(path + ".json"):
+        with open(path + ".json") as f:
+            found = json.load(f)
+
+    # what was not reached before, and then what failed; an item begins if half of its time is left
+    waiting = [name for name in items if name not in found]
+    waiting += [name for name in items if "failed" in found.get(name, {})]
+    for name in waiting:
+        began = time.time()
+        most, _, measure, args = items[name]
+        if end - began < most / 2:
+            continue
+        try:
+            result = apart(min(most, end - began), measure, *args)
+        except RuntimeError as error:
+            result = {"failed": str(error)}
+        result.update(took=time.time() - began, torch=torch.__version__, transformers=hf.__version__)
+        found[name] = result
+        found = {name: found[name] for name in items if name in found}
+
+        # at once, because the machine may be gone before the next one
+        for suffix, text in ((".json", json.dumps(found, indent=1)), (".md", report(items, found))):
+            with open(path + ".new", "w") as f:
+                f.write(text)
+            os.replace(path + ".new", path + suffix)
+        print(f"{name}: {result}", flush=True)
+    print(report(items, found))
     return found
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m extras.bench", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help="nothing, N V d, or gpu FOLDER")
-    what = parser.parse_args().what
-    if what[:1] == ["gpu"] and len(what) == 2:
-        gpu_day(what[1])
-    elif what[:1] == ["one"]:
+    parser.add_argument("kind", choices=[*DAYS, "one"])
+    parser.add_argument("folder", nargs="+")
+    kind, rest = vars(parser.parse_args()).values()
+    if kind == "one":
         # for `apart`
-        print("\n" + json.dumps(globals()[what[1]](*json.loads(what[2]))))
-    elif len(what) in (0, 3):
-        bench_layer(*map(int, what))
+        result = globals()[rest[0]](*json.loads(rest[1]))
+        print("\nresult: " + json.dumps(result))
+    elif kind == "gpu" and DEVICE != "cuda":
+        sys.exit("error: torch sees no GPU here")
     else:
-        parser.error("give nothing, N V d, or gpu FOLDER")
+        run_day(rest[0], kind)

@@ -2,6 +2,7 @@
 import glob
 import gzip
 import html
+import importlib.util
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import types
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -132,10 +134,10 @@ def test_the_table_of_models_that_fit_is_computed(monkeypatch):
 def test_the_forms_of_the_loss_layer_are_the_same_loss():
     case = bench.loss_case(256, 50, 8, 64, "cpu")
     losses, grads = {}, {}
-    for form in ("fused", "unfused"):
+    for form in ("fused", "naive"):
         losses[form] = bench.FORMS[form](*case)
         grads[form] = torch.autograd.grad(losses[form], case[:2])
-    assert losses["fused"].item() == approx(losses["unfused"].item(), rel=1e-5) and losses["fused"] != math.log(2)
+    assert losses["fused"].item() == approx(losses["naive"].item(), rel=1e-5) and losses["fused"] != math.log(2)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads.values()))
     # whole pairs of two responses each, the long one too
     for response, pairs in ((64, 2), (128, 1)):
@@ -143,29 +145,41 @@ def test_the_forms_of_the_loss_layer_are_the_same_loss():
         assert torch.bincount(2 * pair + chosen).tolist() == [response] * 2 * pairs
 
 
-def test_the_day_on_a_gpu_works_at_toy_sizes_and_continues(tmp_path, monkeypatch, capsys):
-    calls = []
+def test_the_day_on_a_gpu_works_at_toy_sizes_and_continues(tmp_path, monkeypatch):
+    calls, began = [], time.time()
 
-    def in_fork(command, **options):
+    def in_fork(command, limit):
         """Faster than a new process that imports everything. The first one fails."""
-        assert command[:3] == [sys.executable, "-m", "extras.bench"]
-        calls.append(command)
-        code, out = 1, "it failed"
-        if len(calls) > 1:
-            code, out = Run("extras/bench.py", *command[3:]).end()
-        return types.SimpleNamespace(returncode=code, stdout=out, stderr="")
-    monkeypatch.setattr(bench.subprocess, "run", in_fork)
-    found = bench.gpu_day(str(tmp_path), toy=True)
-    failed = {name: values["failed"] for name, values in found.items() if "failed" in values}
-    assert failed == {"products, V 2048": "exit code 1: it failed"}
-    assert found["toy, rank 0"]["pairs_per_s"] > 0 and found["fused, V 2048"]["tflops"] > 0
-    # started again, only that one runs
-    count = len(calls)
-    capsys.readouterr()
-    again = bench.gpu_day(str(tmp_path), toy=True)
-    assert len(calls) == count + 1 and again["products, V 2048"].pop("tflops") > 0
-    table = [line for line in capsys.readouterr().out.splitlines() if line[0] == "|"]
-    assert len(table) == 2 + len(found)
+        assert command[:3] == [sys.executable, "-m", "extras.bench"] and limit == 60
+        calls.append(command[4])
+        return Run("extras/bench.py", *command[3:]).end() if len(calls) > 1 else (1, "it | failed")
+    monkeypatch.setattr(bench, "run_command", in_fork)
+    found = bench.run_day(str(tmp_path), "toy")
+    print(f"{time.time() - began:.1f} s")
+    failed = {name: values.pop("failed") for name, values in found.items() if "failed" in values}
+    assert failed.pop("tests") == "exit code 1: it | failed"
+    if not importlib.util.find_spec("trl"):
+        assert "No module named 'trl'" in failed.pop("TRL")
+    assert not failed and all(found["loss"][form]["tflops"] > 0 for form in bench.FORMS)
+    for name in ("HH", "adapters"):
+        assert 0 < found[name]["full"] <= 1 and 0 < found[name]["loss_share"] < 1 and len(found[name]["costs"]) == 5
+        assert found[name]["tokens_per_s"] > found[name]["pairs_per_s"] > 0
+    # one pair of 20 + 2 x 580 tokens, of which the last two are only labels, fills its row
+    assert found["adapters"]["full"] == 1
+    # started again, only what failed runs
+    calls[:] = ["again"]
+    again = bench.run_day(str(tmp_path), "toy")
+    assert again["tests"]["passed"] == 1 and set(calls[1:]) <= {"bench_tests", "bench_trl"}
+    table = [line for line in open(tmp_path / "toy-cpu.md") if line[0] == "|"]
+    assert len(table) == 2 + 4 + 5 and json.load(open(tmp_path / "toy-cpu.json")) == again
+
+
+def test_a_measurement_that_takes_too_long_ends_with_what_it_started(tmp_path):
+    with pytest.raises(RuntimeError, match="did not end within 1 seconds"):
+        bench.run_command(["bash", "-c", f"(sleep 3; touch {tmp_path}/late) & wait"], 1)
+    assert bench.run_command(["bash", "-c", "echo words; exit 3"], 9) == (3, "words\n")
+    time.sleep(2.5)
+    assert not os.listdir(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
