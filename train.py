@@ -169,10 +169,15 @@ def read_knobs():
     end = next(n for n, line in enumerate(lines, 1) if line.startswith("# end of the knobs"))
     knobs = {}
     for node in ast.parse(source).body:
-        if begin < node.lineno < end and isinstance(node, ast.Assign):
-            # ast counts columns in bytes
-            rest = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode()
-            knobs[node.targets[0].id] = rest.strip(" #")
+        if not begin < node.lineno < end:
+            continue
+        # gamma = 0.5, or gamma: float = 0.5
+        names = getattr(node, "targets", [getattr(node, "target", None)])
+        if len(names) > 1 or not isinstance(names[0], ast.Name):
+            sys.exit(f"error: {__file__}, line {node.lineno}: write one knob a line, as in gamma = 0.5  # its help")
+        # ast counts columns in bytes
+        rest = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode()
+        knobs[names[0].id] = rest.strip(" #")
     return knobs
 
 
@@ -256,10 +261,13 @@ def configure(argv):
         if type(value) in (int, float) and not abs(value) < 2**63:
             parser.error(f"--{name}={value} must be a finite number below 2^63")
         if name in LEAST and value < LEAST[name]:
-            limit = f"at least {LEAST[name]}" if LEAST[name] else "0 or more: it must not be negative"
-            parser.error(f"--{name}={value} must be {limit}")
+            limit = f"must be at least {LEAST[name]}" if LEAST[name] else "must not be negative"
+            parser.error(f"--{name}={value} {limit}")
         if name in ("beta", "learning_rate", "epochs") and value <= 0:
             parser.error(f"--{name}={value} must be greater than 0")
+        # argparse has seen neither the globals nor a resumed run's options
+        if value not in CHOICES.get(name, [value]):
+            parser.error(f"--{name}={value} is not one of {', '.join(CHOICES[name])}, or this machine does not have it")
 
     # options that do not go together
     holds = [x for x in ("options.json", "state.pt", "config.json") if os.path.exists(os.path.join(folder, x))]
@@ -270,6 +278,8 @@ def configure(argv):
         (c.max_prompt_length >= c.max_length and not (task and sft),
          "--max_prompt_length leaves no room for a response within --max_length"),
         ("epochs" in given and given.get("max_steps"), "--epochs and --max_steps contradict each other: leave one out"),
+        (c.ref_from == "scratch" or c.init_from == "scratch" and c.data != "reviews",
+         "scratch is the untrained model that --data=reviews starts from: name a directory or a hub id"),
         (not c.init_from, f"--data={c.data} needs a model: --init_from=DIRECTORY or a hub id"),
         (c.wandb_log and not importlib.util.find_spec("wandb"), "--wandb_log=True: pip install wandb, or leave it out"),
         (os.path.realpath(folder) in starts, f"--out_dir={folder} is a model that the run starts from: name a new one"),
@@ -907,8 +917,6 @@ def packing_error(model, examples, row_length=0):
     mixing += [x for x in getattr(config, "layer_types", None) or () if re.search("linear|mamba|recurrent|conv", x)]
     if mixing:
         return f"it has recurrent or convolutional layers ({mixing[0]}), which mix the sequences of a row"
-    if not model._supports_attention_backend:
-        return "its layers take no attention function from outside, which packed rows need"
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, name, None) not in (None, 1):
             return f"its {name} of {getattr(config, name)} changes logits after the output layer"
@@ -916,7 +924,10 @@ def packing_error(model, examples, row_length=0):
         if (getattr(config, name, None) or longest) < longest:
             return f"its {name} of {getattr(config, name)} tokens is shorter than a prompt and response of {longest}"
 
-    # one row, and every sequence by itself
+    # one row, and every sequence by itself. Some models that declare no attention function take one all the same
+    cause = ""
+    if not model._supports_attention_backend:
+        cause = "its layers take no attention function from outside, which packed rows need: "
     try:
         batch = collate(examples, row_length, model.device)
         packed = response_states(model.base_model, model, batch)
@@ -938,9 +949,9 @@ def packing_error(model, examples, row_length=0):
     except Exception as error:      # models raise different errors for arguments that they do not know
         if "allocate memory" in str(error):
             raise
-        return str(error).split("\n")[0]
+        return cause + str(error).split("\n")[0]
     if not gap < 1e-3:
-        return f"packed rows give other logits than separate sequences (off by {gap:.1g} standard deviations)"
+        return f"{cause}packed rows give other logits than separate sequences (off by {gap:.1g} standard deviations)"
     return ""
 
 
@@ -1326,10 +1337,10 @@ if __name__ == "__main__":
     if resume and loads:
         try:
             state = torch.load(os.path.join(out_dir, "state.pt"), map_location="cpu", weights_only=True)
+            started = state["started"]
         except Exception as error:      # torch's own sentence advises a call that would run code from the file
             sys.exit(f"error: the checkpoint in {out_dir} cannot be read ({type(error).__name__}); restore its "
                      "state.pt, or start again with --overwrite=True")
-        started = state["started"]
 
     class Clock(datetime.datetime):
         @classmethod
@@ -1385,7 +1396,9 @@ if __name__ == "__main__":
         else:
             rows = read_rows(source, data_split, data_config)
             if held_source:
-                held_rows = read_rows(held_source, eval_split, data_config, default="test")
+                # a configuration is one of --data, which may be the source of both
+                held_config = data_config if held_source == source else ""
+                held_rows = read_rows(held_source, eval_split, held_config, default="test")
 
         examples, counts = make_examples(rows, source, model, tokenizer)
         if held_rows:
@@ -1532,6 +1545,8 @@ if __name__ == "__main__":
     passes = max_steps * batch_size / len(examples)
     print(f"run: {objective}, {max_steps} steps ({passes:.1f} epochs), learning rate {learning_rate:g} ({lr_decay}), "
           f"{device_type}, {dtype}, {world} processes; into {out_dir}", flush=True)
+    if batch_size > len(examples):
+        print(f"note: there are only {len(examples)} {noun}: a step of --batch_size={batch_size} takes some twice")
     if warmup_steps > max_steps:
         print(f"warning: --warmup_steps={warmup_steps} is more than the {max_steps} steps: the learning rate gets no "
               f"higher than {lr_at(max_steps - 1):.2g} of {learning_rate:g}")
