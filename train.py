@@ -1111,7 +1111,6 @@ def spread(whole, device, compiled, low, trained):
     fully_shard(model, mesh=mesh)
 
     model.to_empty(device=device)
-    model.tie_weights()
     set_model_state_dict(model, weights, options=FROM_RANK_0)
     # the state dict lacks some buffers, such as rotary frequencies
     for name, buffer in model.named_buffers():
