@@ -1485,7 +1485,8 @@ def test_all_forms_of_a_source_hold_the_same_rows(sources, monkeypatch):
 def test_a_configuration_of_the_data_is_not_asked_of_the_held_out_file(runs, sources):
     folder, _ = sources
     says(0, "held out: 5 read", "train.py", f"--data={folder}/configs", "--data_config=two", "--init_from=sft",
-         f"--eval_data={folder}/a.jsonl", "--out_dir=configured", "--max_steps=1", "--max_new_tokens=2")
+         f"--eval_data={folder}/a.jsonl", "--out_dir=configured", "--max_steps=1", "--max_length=64",
+         "--max_prompt_length=16", "--max_new_tokens=2")
 
 
 def bytes_tokenizer():
