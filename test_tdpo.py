@@ -1486,7 +1486,7 @@ def test_a_configuration_of_the_data_is_not_asked_of_the_held_out_file(runs, sou
     folder, _ = sources
     says(0, "held out: 5 read", "train.py", f"--data={folder}/configs", "--data_config=two", "--init_from=sft",
          f"--eval_data={folder}/a.jsonl", "--out_dir=configured", "--max_steps=1", "--max_length=64",
-         "--max_prompt_length=16", "--max_new_tokens=2")
+         "--max_prompt_length=16", "--max_new_tokens=2", "--bad_rows=0.9")
 
 
 def bytes_tokenizer():
