@@ -6,6 +6,7 @@ memory of a run for longer.
 import contextlib
 import copy
 import datetime
+import errno
 import fcntl
 import functools
 import glob
@@ -20,6 +21,7 @@ import multiprocessing.connection
 import os
 import pathlib
 import pickle
+import pty
 import random
 import re
 import resource
@@ -30,6 +32,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 import types
 import weakref
@@ -2108,7 +2111,7 @@ def test_torchrun_ends_with_0(runs):
 # signals and kills
 
 
-@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
 def test_signals_finish_the_step_and_save(runs, number):
     name = f"signal-{number}"
     run = Run("train.py", *on_pairs(name, "--max_steps=100000"))
@@ -2120,6 +2123,38 @@ def test_signals_finish_the_step_and_save(runs, number):
     assert code == 128 + number and log_of(name)[-1]["step"] == step >= 3
     resumed(name, f"--max_steps={step + 2}")
     same_run(trained(name + "-whole", f"--max_steps={step + 2}"), name)
+
+
+def two_hangups():
+    stepping(lambda n: [os.kill(os.getpid(), signal.SIGHUP) for _ in range(2)])
+
+
+def nohup():
+    """SIGHUP is ignored; it comes in step 1, SIGTERM in step 3."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stepping(lambda n: n in (1, 3) and os.kill(os.getpid(), signal.SIGHUP if n == 1 else signal.SIGTERM))
+
+
+def test_a_hangup_that_comes_twice_saves_and_one_that_is_ignored_does_nothing(runs):
+    says(128 + signal.SIGHUP, "stopped after step 1 ", "train.py", *on_pairs("hangup"), before=two_hangups)
+    says(128 + signal.SIGTERM, "stopped after step 3 ", "train.py", *on_pairs("nohup"), before=nohup)
+    assert state_of("hangup")["step"] == 1 and state_of("nohup")["step"] == 3
+
+
+def test_a_terminal_that_is_closed_saves(runs):
+    """A real one, on which nothing can be printed afterwards."""
+    terminal, inside = pty.openpty()
+    os.set_blocking(terminal, False)
+    command = [sys.executable, HERE + "/train.py", *on_pairs("closed", "--max_steps=100000")]
+    run = subprocess.Popen(command, stdin=inside, stdout=inside, stderr=inside, start_new_session=True,
+                           preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY))
+    os.close(inside)
+    while last_step("closed") < 3 and run.poll() is None:
+        time.sleep(0.01)
+        with contextlib.suppress(BlockingIOError):
+            os.read(terminal, 10**6)
+    os.close(terminal)
+    assert run.wait(60) and last_step("closed") == state_of("closed")["step"] >= 3
 
 
 def one_signal():
@@ -2481,6 +2516,20 @@ def test_output_is_created_when_it_is_written_and_not_before(runs, broken_models
         says(2, "choose a different --out", "sample.py", "--model=tdpo2", f"--out={out}")
     says(0, "wrote new/folder/x.jsonl", "sample.py", "--model=tdpo2", "--num_prompts=1", "--out=new/folder/x.jsonl")
     assert len(lines_of("new/folder/x.jsonl")) == 2
+
+
+def without_locks(number):
+    """before: no file can be locked, as on some network file systems."""
+    def flock(*args):
+        raise OSError(number, os.strerror(number))
+    fcntl.flock = flock
+
+
+@pytest.mark.parametrize("name", ("ENOSYS", "EOPNOTSUPP", "ENOLCK", "EIO"))
+def test_file_systems_without_locks_are_said_and_trained_on(runs, name):
+    number = getattr(errno, name)
+    says(0, rf"note: the file system has no locks \(\[Errno {number}\][\s\S]*\nsaved lockless", "train.py",
+         *on_pairs("lockless", "--max_steps=1", "--overwrite=True"), before=functools.partial(without_locks, number))
 
 
 def test_a_directory_that_cannot_be_written_is_said(runs):

@@ -1191,8 +1191,9 @@ def embedded_sft():
         return path
     command = ["--method=sft", f"--seed={seed}", f"--device={device}", f"--out_dir={path}-new", "--overwrite=True"]
     print("the SFT model first: python train.py " + " ".join(command), flush=True)
-    # SIGTERM ends that run, too
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    # SIGTERM and SIGHUP end that run, too
+    for number in (signal.SIGTERM, *hangup):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         done = subprocess.run([sys.executable, __file__, *command], env={**os.environ, "WORLD_SIZE": "1"})
     except KeyboardInterrupt:
@@ -1207,19 +1208,24 @@ if __name__ == "__main__":
     # -------------------------------------------------------------------------
     # set-up: options, processes, the directory, the device
     launched = time.time()
+    # nohup has its run ignore the end of the terminal
+    hangup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
     # from here on the globals above are the options of this run
     globals().update(configure(sys.argv[1:]))
     rank, world = join_processes()
     if rank == 0:
-        # one run in a directory: the lock lasts as long as this process, however it ends
         try:
             os.makedirs(out_dir, exist_ok=True)
-            lock = open(os.path.join(out_dir, ".lock"), "w")
+            lock = open(os.path.join(out_dir, ".lock"), "a")
+        except OSError as error:
+            sys.exit(f"error: --out_dir={out_dir}: {error}; name a directory that can be written")
+        # one run in a directory: the lock lasts as long as this process, however it ends
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             sys.exit(f"error: --out_dir={out_dir}: a run is at work in it; name a different directory, or wait")
         except OSError as error:
-            sys.exit(f"error: --out_dir={out_dir}: {error}; name a directory that can be written")
+            print(f"note: the file system has no locks ({error}): do not start a second run in {out_dir}")
     sft, task = method == "sft", data in eval_imdb.TASKS
     noun = "texts" if sft else "pairs"
     if lora_rank and world > 1:
@@ -1480,8 +1486,10 @@ if __name__ == "__main__":
         if rank == 0 and wandb_log:
             wandb.log(record, step=step)
         columns = [f"{name.removeprefix('eval_')} {record[name]:>8.4g}" for name in shown if name in record]
+        # a terminal that is gone ends no run
         if columns:
-            print(f"{kind} {step:>{len(str(max_steps))}} | " + " | ".join(columns), flush=True)
+            with contextlib.suppress(OSError):
+                print(f"{kind} {step:>{len(str(max_steps))}} | " + " | ".join(columns), flush=True)
 
     @contextlib.contextmanager
     def sampling():
@@ -1549,13 +1557,15 @@ if __name__ == "__main__":
         options = {name: globals()[name] for name in read_knobs()}
         wandb.init(project="tdpo", name=os.path.basename(out_dir), config=options, dir=out_dir)
 
-    # the first SIGINT or SIGTERM lets the step finish and saves; a second one leaves at once
+    # the first SIGINT, SIGTERM or SIGHUP lets the step finish and saves; a second one leaves at once, except SIGHUP,
+    # which the end of a terminal may send twice
     signals = []
 
     def stop_after_step(number, frame):
         signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-    for number in (signal.SIGINT, signal.SIGTERM):
+        if number != signal.SIGHUP:
+            signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM, *hangup):
         signal.signal(number, stop_after_step)
 
     peak = PEAK_FLOPS.get(torch.cuda.get_device_name()) if device_type == "cuda" else None
@@ -1583,7 +1593,8 @@ if __name__ == "__main__":
             follow = f"continue: python train.py --resume=True --out_dir={out_dir}"
             if step == 0:
                 follow = "no step was made, so nothing is saved"
-            print(f"stopped after step {step} | {follow}", flush=True)
+            with contextlib.suppress(OSError):
+                print(f"stopped after step {step} | {follow}", flush=True)
             sys.exit(128 + (signals or [signal.SIGTERM])[0])
 
         # one step: its loss is one mean, however its pairs are packed; FSDP takes the mean over processes
