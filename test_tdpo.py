@@ -1084,6 +1084,45 @@ def test_adapters_go_on_with_the_weights_that_they_were_put_on(runs):
     assert open("renamed/state.pt", "rb").read() == before
 
 
+# an indexer chooses what a token attends to, and no gradient goes through the choice
+SPARSE = dict(
+    intermediate_size=48, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
+    qk_nope_head_dim=8, v_head_dim=8, index_topk=128, index_head_dim=16, index_n_heads=2, moe_intermediate_size=24,
+    n_routed_experts=2, num_experts_per_tok=1, n_group=1, topk_group=1, n_shared_experts=1, first_k_dense_replace=1)
+
+
+@pytest.mark.parametrize("options", ([], ["--optimizer=adamw"], LORA, ["--method=sft", "--optimizer=adamw", *LORA]))
+def test_parameters_that_no_gradient_reaches_do_not_stop_a_resumed_run(runs, words, options):
+    """The optimizer has no state for them; but where a state is lost that it had, the run is refused."""
+    tiny(hf.GlmMoeDsaConfig(**dict(SIZES, vocab_size=len(words), eos_token_id=0), **SPARSE)).save_pretrained("sparse")
+    words.save_pretrained("sparse")
+    name, options = "sparse-" + "".join(options), ["--init_from=sparse", *options]
+    trained(name + "whole", *options, "--max_steps=4")
+    trained(name, *options, "--max_steps=2")
+    state = state_of(name)
+    reached, (group,) = state["optimizer"]["state"], state["optimizer"]["param_groups"]
+    assert {".indexer." in x for x in group["params"] if x not in reached} == {True} and len(reached) > 20
+    assert not any(".indexer." in x for x in reached)
+    shutil.copytree(name, name + "damaged")
+    resumed(name, "--max_steps=4")
+    same_run(name + "whole", name)
+    reached.popitem()
+    torch.save(state, name + "damaged/state.pt")
+    says(1, "does not fit this model: Missing optimizer state", "train.py", "--resume=True",
+         f"--out_dir={name}damaged", "--max_steps=4")
+
+
+def test_adapters_go_on_the_layers_of_the_text_model():
+    text = dict(SIZES, **GROUPS, head_dim=8, vocab_size_per_layer_input=61, hidden_size_per_layer_input=8)
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+                  num_key_value_heads=4, head_dim=8, position_embedding_size=16)
+    model = tiny(hf.Gemma4Config(text_config=text, vision_config=vision))
+    layers = adapted(model)
+    assert len(layers) > 10 and all(".language_model.layers." in name for name in layers)
+    model(torch.arange(9)[None]).logits.sum().backward()
+    assert all(x.grad is not None for adapter in layers.values() for x in (adapter.A, adapter.B))
+
+
 def test_adapters_are_refused_where_several_processes_share_a_model(runs):
     codes, (out, *_) = many(2, *on_pairs("many-lora", "--lora_rank=2"))
     assert all(codes) and "--lora_rank works in one process" in out and "Traceback" not in out, out

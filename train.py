@@ -959,8 +959,10 @@ def blocks_of(model):
 
 
 def linear_layers(model):
-    """The linear layers of its blocks."""
-    return [m for block in blocks_of(model) for m in block.modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
+    """The linear layers of its text model's blocks: others, say of a vision tower, learn nothing from text."""
+    text = set(model.get_decoder().modules())
+    return [m for block in blocks_of(model) if block in text for m in block.modules()
+            if isinstance(m, (torch.nn.Linear, Conv1D))]
 
 
 def adapt(model, rank, low):
@@ -1067,7 +1069,10 @@ def save(folder, model, tokenizer, opt, step, **origin):
     try:
         shutil.rmtree(new, ignore_errors=True)
         os.makedirs(new)
-        state = dict(origin, step=step, weights=weights, optimizer=opt_state)
+        # parameters that no gradient has reached, say of a vision tower
+        names = {name for group in opt_state["param_groups"] for name in group["params"]}
+        stateless = sorted(names - opt_state["state"].keys())
+        state = dict(origin, step=step, weights=weights, optimizer=opt_state, stateless=stateless)
         torch.save(state, os.path.join(new, "state.pt"))
         model.save_pretrained(new, state_dict=merged)
         tokenizer.save_pretrained(new)
@@ -1412,8 +1417,14 @@ if __name__ == "__main__":
             frozen = {name: x for name, x in model.state_dict().items() if not name.endswith((".0.A", ".0.B"))}
             weights = {**frozen, **weights}
         try:
+            # torch wants a state for every parameter that takes a gradient
+            stateless = [model.get_parameter(name) for name in state.get("stateless", ())]
+            for p in stateless:
+                p.requires_grad_(False)
             set_model_state_dict(model, weights, options=FULL)
             set_optimizer_state_dict(model, opt, state["optimizer"], options=FULL)
+            for p in stateless:
+                p.requires_grad_(True)
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             sys.exit(f"error: the checkpoint in {out_dir} does not fit this model: {reason}. If it is damaged, start "
