@@ -12,6 +12,7 @@ import functools
 import glob
 import gzip
 import importlib.util
+import hashlib
 import itertools
 import itertools
 import json
@@ -1357,7 +1358,7 @@ def test_long_pairs_lose_prompt_but_bos_then_the_ends_of_responses():
                                (("<s>", "$A"), "right", "<s>abc")):
         tokenizer = spelled(adds=adds, bos="<s>")
         (example,), counts = read([pair], tokenizer, max_length=7, max_prompt_length=4, truncation=side)
-        assert [tokenizer.decode(x) for x in example[2:]] == [prompt, "123", "678"]
+        assert [tokenizer.decode(x) for x in example[2:5]] == [prompt, "123", "678"]
         assert (counts["truncated"], counts["beheaded"]) == (1, side == "left")
     with pytest.raises(SystemExit, match="1 bad rows of 1; .* the same within --max_length=3"):
         read([dict(pair, rejected="1")], spelled(), max_length=3, max_prompt_length=2)
@@ -1387,15 +1388,77 @@ def test_sft_takes_sft_data(options, row, prompt, response):
         read([dict(messages=turns("q", "y", "r"))], spelled(**CHATS), method="sft")
 
 
-def test_every_row_is_accounted_for(capsys):
-    """Of prompts with many pairs, with one, and with more than may be held out."""
-    for prompts, n, eval_pairs, held_out in ((40, 100, 5, 5), (100, 100, 512, 10), (3, 90, 10, 10)):
-        pairs = [example_of([k], [1], [2], f"row {k}", f"prompt {k % prompts}") for k in range(n)]
-        with mock.patch.multiple(train, eval_pairs=eval_pairs, seed=1):
-            rest, held = train.hold_out(pairs)
-        assert sorted(rest + held) == sorted(pairs) and held_out - 3 < len(held) <= held_out
-        apart = not {x.prompt_text for x in rest} & {x.prompt_text for x in held}
-        assert apart == ("in both parts" not in capsys.readouterr().out) == (prompts > 3)
+def held_prompts_of(folder):
+    return {str(row["prompt"]) for row in lines_of(folder + "/prompts.jsonl")}
+
+
+def places(asked, seed=1):
+    """The places of what prompts ask between 0 and 1, by which they are held out."""
+    digests = [hashlib.sha256(json.dumps([seed, x]).encode()).hexdigest() for x in asked]
+    return [int(x[:16], 16) / 2**64 for x in digests]
+
+
+@pytest.mark.parametrize("prompts, n, eval_pairs", [(40, 100, 5), (100, 100, 512), (3, 90, 10), (2, 2, 1),
+                                                    (2000, 2000, 40), (1000, 1000, 100)])
+def test_a_hash_holds_out_a_share_of_the_prompts(prompts, n, eval_pairs):
+    """Of prompts with many pairs, with one, and with more than may be held out: all of a prompt's pairs or none."""
+    pairs = [example_of([k], [1], [2], f"row {k}")._replace(asked=f"prompt {k % prompts}") for k in range(n)]
+    with mock.patch.multiple(train, eval_pairs=eval_pairs, seed=1):
+        rest, held = train.hold_out(pairs, n)
+        others, again = train.hold_out(pairs[::-1], n)
+    assert sorted(rest + held) == sorted(pairs) == sorted(others + again) and rest and held
+    found = [x.asked for x in held]
+    assert not {x.asked for x in rest} & set(found) and set(found) == {x.asked for x in again}
+    # the largest of 1/10, 1/20 ... of which at most eval_pairs are expected
+    share = next(x for x in (0.1 / 2**k for k in range(99)) if x * n <= eval_pairs)
+    asked = [f"prompt {k}" for k in range(prompts)]
+    chosen = {x for x, place in zip(asked, places(asked)) if place < share}
+    assert set(found) == (chosen or {min(asked, key=lambda x: places([x]))})
+    assert places(found) == sorted(places(found))
+
+
+def test_the_same_prompts_are_held_out_whatever_becomes_of_rows(runs):
+    """SFT, then TDPO, on files with ties, of another order, with more rows, truncated, of another form."""
+    rng = random.Random(0)
+    prompts = [" ".join(eval_imdb.write_review(rng).split()[:8]) + f" {n}" for n in range(80)]
+    plain = [dict(prompt=x, chosen=f" good {n}", rejected=" bad") for n, x in enumerate(prompts)]
+    ties = [dict(row, rejected=row["chosen"]) if n % 9 == 0 else row for n, row in enumerate(plain)]
+    more = [dict(row, prompt="more " + row["prompt"]) for row in plain[:20]]
+    files = dict(plain=plain, ties=ties, more=ties[::-1] + plain[:30] + more)
+    held = {x for x, place in zip(prompts, places(prompts)) if place < 0.1}
+    assert len(held) > 3
+    for name, rows in files.items():
+        write_lines(f"held-{name}.jsonl", rows)
+        for method, options in (("sft", []), ("tdpo2", ["--max_length=10", "--max_prompt_length=5"])):
+            folder = f"held-{name}-{method}"
+            trained(folder, f"--data=held-{name}.jsonl", f"--method={method}", "--max_steps=1", "--bad_rows=0.5",
+                    "--eval_interval=0", *options)
+            left = {row["prompt"] for row in rows if method == "sft" or row["chosen"] != row["rejected"]}
+            assert {x for x in held_prompts_of(folder) if not x.startswith("more")} == held & left
+
+
+def test_chats_hold_out_the_same_prompts_whatever_the_template_prints(runs):
+    """A date, or a thinking block that only SFT's answers have."""
+    found = []
+    for template, method, before in ((DATED, "sft", yesterday), (DATED, "tdpo2", nothing), (THINK, "sft", nothing),
+                                     (CHAT, "tdpo2", nothing)):
+        data = chat_model("held-chat", template)
+        rows = [dict(prompt=turns(f"q{n}"), chosen=answer("yes"), rejected=answer("no")) for n in range(30)]
+        write_lines(data, rows)
+        trained("held-chats", f"--data={data}", "--init_from=held-chat", "--max_steps=1", "--overwrite=True",
+                f"--method={method}", before=before)
+        found.append({re.search("q\\d+", x)[0] for x in held_prompts_of("held-chats")})
+    asked = [f"q{n}" for n in range(30)]
+    assert found == 4 * [{x for x, place in zip(asked, places(asked)) if place < 0.1}] and found[0]
+
+
+def test_pairs_beyond_eval_pairs_are_counted(runs):
+    """Of a prompt's twenty pairs, of which three are evaluated."""
+    rows = [dict(prompt=f"the plot {n % 4}", chosen=f" was good {n}", rejected=" was bad") for n in range(80)]
+    options = ["--data=" + write_lines("beyond.jsonl", rows), "--eval_pairs=3", "--max_steps=1"]
+    out = says(0, "note: 17 held-out pairs beyond --eval_pairs are not evaluated", "train.py", *on_pairs("beyond", *options))
+    assert "data: 80 pairs read = 60 to train on + 20 held out + 0 left out" in out
+    assert log_of("beyond")[0]["eval_pairs"] == 3
 
 
 def test_bad_rows_are_counted_by_reason(tmp_path, capsys):
@@ -2590,7 +2653,7 @@ def block(containing):
 def test_the_plain_loop_of_the_readme(runs):
     (ref, tokenizer), (model, _), seen = sample.load_model("sft"), sample.load_model("tdpo2"), []
     examples, _ = read("pairs.jsonl", tokenizer, max_length=64)
-    pairs = [example[2:] for example in examples]
+    pairs = [example[2:5] for example in examples]
     scope = dict(model=model, ref=ref, batches=[pairs[:8], pairs[8:12]], print=lambda *x: seen.append(x[-1]))
     before, expected = [p.clone() for p in model.parameters()], own_loss(model, ref, examples[:8])[0].item()
     exec(block("for pairs in batches"), scope)

@@ -276,8 +276,8 @@ def configure(argv):
 # own data: a source gives rows, a row becomes text, text becomes tokens
 
 # a pair, or a text of SFT: the row that it comes from, its prompt as text (None if the whole text is learned), and
-# three lists of token ids, of which rejected is empty for SFT
-Example = collections.namedtuple("Example", "where prompt_text prompt chosen rejected")
+# three lists of token ids, of which rejected is empty for SFT. asked: the prompt's text without the template
+Example = collections.namedtuple("Example", "where prompt_text prompt chosen rejected asked", defaults=[""])
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -465,6 +465,7 @@ def render_messages(row, columns, tokenizer):
     prompt = chat(tokenizer, first[:shared], tools=tools)
     if tools and prompt == chat(tokenizer, first[:shared]):
         raise ValueError("has tools, but the model's chat template does not print them")
+    asked = "\n".join(x["content"] for x in first[:shared])
     texts = []
     for messages in conversations:
         texts.append(chat(tokenizer, messages, False, tools))
@@ -472,13 +473,13 @@ def render_messages(row, columns, tokenizer):
 
     # a generation prompt may open a block that finished turns do not have, say <think>: the prompt ends before it
     if all(x.startswith(prompt) for x in texts):
-        return prompt, texts, False
+        return prompt, texts, False, asked
     unanswered = chat(tokenizer, first[:shared], False, tools)
     finished = chat(tokenizer, [*first[:shared], {"role": "assistant", "content": "|"}], False, tools)
     begin = os.path.commonprefix([prompt, finished])
     if not all(x.startswith(begin) for x in texts) or not begin.startswith(unanswered):
         raise ValueError("has a response that, in the chat template, does not continue the prompt")
-    return begin, texts, True
+    return begin, texts, True, asked
 
 
 def check_printed(tokenizer, messages, tools, text):
@@ -516,11 +517,11 @@ FORMS = [
 
 
 def render(row, tokenizer):
-    """A row as text: (prompt, texts, shortened).
+    """A row as text: (prompt, texts, shortened, asked).
 
     texts: the chosen and the rejected response, or the one that SFT learns, each with the prompt in front of it.
     prompt: None if SFT learns the whole text. shortened: whether the prompt ends before the chat template's generation
-    prompt does. ValueError: what is wrong with the row.
+    prompt does. asked: the prompt without the template. ValueError: what is wrong with the row.
     """
     if isinstance(row, ValueError):
         raise row
@@ -626,10 +627,10 @@ def make_examples(rows, source, model, tokenizer):
     known = len(model.get_input_embeddings().weight)
     for where, row in tqdm(rows, desc="reading", leave=False, disable=None):
         try:
-            prompt, texts, shortened = render(row, tokenizer)
+            prompt, texts, shortened, asked = render(row, tokenizer)
             # this is a ValueError if a text has half a surrogate pair
             "".join(texts).encode()
-            whole = encode(where, prompt, texts, tokenizer, stops)
+            whole = encode(where, prompt, texts, tokenizer, stops)._replace(asked=asked or texts[0])
             highest = max([*whole.prompt, *whole.chosen, *whole.rejected])
             if highest >= known:
                 raise ValueError(f"has a token that the model does not know: {highest} of {known}")
@@ -657,31 +658,25 @@ def make_examples(rows, source, model, tokenizer):
     return examples, counts
 
 
-def hold_out(examples):
-    """(examples to train on, held-out examples): those of a tenth of the prompts, at most eval_pairs of them. No prompt
-    is in both parts, unless every prompt has more pairs than that."""
-    # rows without a prompt share none
-    groups = {}
-    for example in examples:
-        groups.setdefault(example.prompt_text or example.where, []).append(example)
-    prompts = sorted(groups)
-    if len(prompts) == 1:
+def hold_out(examples, read):
+    """(examples to train on, held-out examples), no prompt in both. A hash of seed and prompt decides, so that SFT and
+    TDPO hold out the same prompts, whatever rows either leaves out: a tenth, halved until eval_pairs of the read rows
+    are expected to suffice."""
+    share = 0.1
+    while share * read > eval_pairs:
+        share /= 2
+
+    def place(example):
+        digest = hashlib.sha256(json.dumps([seed, example.asked]).encode()).digest()
+        return int.from_bytes(digest[:8]) / 2**64
+    ranked = sorted(examples, key=place)
+    first, last = place(ranked[0]), place(ranked[-1])
+    if first == last:
         sys.exit("error: all pairs share one prompt, so none can be held out: add prompts, or name --eval_data")
-    # whole groups, as long as they fit
-    order = np.random.default_rng(seed).permutation(len(prompts))
-    held = []
-    count = max(1, min(eval_pairs, len(prompts) // 10))
-    for i in order:
-        pairs = groups[prompts[i]]
-        if count > 0 and len(held) + len(pairs) <= eval_pairs:
-            held += pairs
-            count -= 1
-    # no group fits
-    if not held:
-        held = groups[prompts[order[0]]][:eval_pairs]
-        print(f"warning: each prompt has more than --eval_pairs={eval_pairs} pairs: one prompt is in both parts")
-    wheres = {example.where for example in held}
-    return [example for example in examples if example.where not in wheres], held
+    # at least one prompt is held out, and one is not
+    if not first < share <= last:
+        share = math.nextafter(first, 1)
+    return [x for x in examples if place(x) >= share], [x for x in ranked if place(x) < share]
 
 
 def show_examples(examples, tokenizer, count):
@@ -1335,8 +1330,8 @@ if __name__ == "__main__":
         print(f"held out: {held_counts['read']} read = {len(held_out)} evaluated + {beyond} beyond --eval_pairs + "
               f"{held_counts['left out']} left out")
     else:
-        # no prompt that is held out is trained on
-        examples, held_out = hold_out(examples)
+        # no prompt that is held out is trained on, even if it is not evaluated
+        examples, held_out = hold_out(examples, counts["read"])
         counts["held out"] = len(held_out)
     held_prompts = {example.prompt_text: example.prompt for example in held_out if example.prompt_text is not None}
     if task and not sft:
@@ -1349,6 +1344,9 @@ if __name__ == "__main__":
         print(f"note: {counts['shortened']} prompts end before the chat template's generation prompt does, because "
               "finished turns do not repeat it (nor, perhaps, reasoning); --show_data shows what is left")
     if show_data:
+        if len(held_out) > eval_pairs:
+            print(f"note: {len(held_out) - eval_pairs} held-out {noun} beyond --eval_pairs are not evaluated")
+            held_out = held_out[:eval_pairs]
         show_examples(examples, tokenizer, show_data)
         sys.exit()
 
@@ -1379,7 +1377,7 @@ if __name__ == "__main__":
     foundations = [model] if sft else [ref]
     if lora_rank and ref_from:
         foundations.append(model)
-    origin = {"fingerprint": fingerprint(examples + held_out, *foundations), "started": started}
+    origin = {"fingerprint": fingerprint(examples + held_out, *foundations), "started": started, "wandb_id": None}
 
     # what the loss, the speed and the log need to know of the models, while they are whole
     vocabulary, width = model.get_output_embeddings().weight.shape
