@@ -2690,3 +2690,48 @@ def test_readme_names_options_that_exist():
     named = set(re.findall(r"--(\w+)", readme))
     assert named <= known and len(named) > 15, named - known
     assert len(text_of("tdpo.py").splitlines()) < 200
+WANDB = """
+import os, types
+def init(id=None, resume=None, config=None, dir=None, **others):
+    assert resume == "allow" and config["wandb_log"]
+    with open("wandb.txt", "a") as f: f.write(f"init {id} {os.path.exists(os.path.join(dir, 'options.json'))}\\n")
+    if os.environ["FAILS"] == "init": raise RuntimeError("No API key\\nconfigured")
+    return types.SimpleNamespace(id=id or "a1")
+def log(record, step=None):
+    with open("wandb.txt", "a") as f: f.write(f"log {step} {len(record) > 3}\\n")
+    if os.environ["FAILS"] == "log": raise RuntimeError("no connection")
+def finish():
+    if os.environ["FAILS"] == "log": raise RuntimeError("no connection")
+"""
+
+
+def importing_wandb():
+    sys.path.insert(0, "wandb-stub")
+
+
+def test_a_resumed_run_goes_on_at_wandb_and_failures_cost_no_training(runs):
+    """With a package of that name that writes down its calls."""
+    os.makedirs("wandb-stub")
+    write_lines("wandb-stub/wandb.py", [WANDB])
+
+    def calls():
+        lines = open("wandb.txt").read().splitlines()
+        os.remove("wandb.txt")
+        return lines
+    with_wandb = dict(before=importing_wandb, environ=dict(FAILS=""))
+    trained("wandb-run", "--wandb_log=True", "--max_steps=1", **with_wandb)
+    assert calls() == ["init None False", "log 0 True", "log 1 True", "log 1 True"]
+    # a run that goes on without it keeps its id all the same
+    resumed("wandb-run", "--wandb_log=False", "--max_steps=2", **with_wandb)
+    resumed("wandb-run", "--wandb_log=True", "--max_steps=3", **with_wandb)
+    assert calls() == ["init a1 True", "log 3 True", "log 3 True"]
+    says(1, "error: --wandb_log=True: No API key configured\n$", "train.py", *on_pairs("wandb-b", "--wandb_log=True"),
+         before=importing_wandb, environ=dict(FAILS="init"))
+    assert calls() == ["init None False"] and os.listdir("wandb-b") == [".lock"]
+    says(0, "warning: wandb.log failed: no connection\n[\\s\\S]*saved wandb-b", "train.py", *on_pairs(
+        "wandb-b", "--wandb_log=True", "--max_steps=1"), before=importing_wandb, environ=dict(FAILS="log"))
+    codes, outs = many(2, *on_pairs("wandb-two", "--wandb_log=True", "--max_steps=1"), before=importing_wandb,
+                       environ=dict(FAILS="log"))
+    assert codes == [0, 0], outs
+
+

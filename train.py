@@ -1427,7 +1427,7 @@ if __name__ == "__main__":
             reason = " ".join(str(error).split())[:300]
             sys.exit(f"error: the checkpoint in {out_dir} does not fit this model: {reason}. If it is damaged, start "
                      "again with --overwrite=True")
-        step = state["step"]
+        step, origin["wandb_id"] = state["step"], state["wandb_id"]
     if step >= max_steps:
         # a kill may have come before its last files
         save(out_dir, model, tokenizer, opt, step, **origin)
@@ -1493,7 +1493,10 @@ if __name__ == "__main__":
         """One JSON line in the log, and on the screen the columns that a person watches."""
         log.write(json.dumps(record) + "\n")
         if rank == 0 and wandb_log:
-            wandb.log(record, step=step)
+            try:
+                wandb.log(record, step=step)
+            except Exception as error:
+                print(f"warning: wandb.log failed: {error}")
         columns = [f"{name.removeprefix('eval_')} {record[name]:>8.4g}" for name in shown if name in record]
         # a terminal that is gone ends no run
         if columns:
@@ -1557,14 +1560,21 @@ if __name__ == "__main__":
     log = open(os.devnull, "w")
     if rank == 0:
         log = start_log(out_dir, step)
+    # W&B comes first: if it fails, the directory is as free as before
+    if rank == 0 and wandb_log:
+        try:
+            import wandb
+            options = {name: globals()[name] for name in read_knobs()}
+            run = wandb.init(project="tdpo", name=os.path.basename(out_dir), config=options, dir=out_dir,
+                             id=origin["wandb_id"], resume="allow")
+            origin["wandb_id"] = run.id
+        except Exception as error:
+            sys.exit(f"error: --wandb_log=True: {' '.join(str(error).split())}")
+
     if rank == 0 and held_prompts:
         with open(os.path.join(out_dir, "prompts.jsonl"), "w", encoding="utf-8") as f:
             for prompt in held_prompts:
                 f.write(json.dumps({"prompt": prompt}) + "\n")
-    if rank == 0 and wandb_log:
-        import wandb
-        options = {name: globals()[name] for name in read_knobs()}
-        wandb.init(project="tdpo", name=os.path.basename(out_dir), config=options, dir=out_dir)
 
     # the first SIGINT, SIGTERM or SIGHUP lets the step finish and saves; a second one leaves at once, except SIGHUP,
     # which the end of a terminal may send twice
@@ -1680,7 +1690,8 @@ if __name__ == "__main__":
     if world > 1:
         # exit hard: gloo's threads can abort the process during interpreter shutdown
         if rank == 0 and wandb_log:
-            wandb.finish()
+            with contextlib.suppress(Exception):
+                wandb.finish()
         dist.destroy_process_group()
         log.close()
         os._exit(0)
