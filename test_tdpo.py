@@ -1747,7 +1747,11 @@ def in_fork(name, args, folder, output, environ, before):
     os.environ.update(environ)
     sys.argv = [name, *args]
     before()
-    runpy.run_path(os.path.join(HERE, name), run_name="__main__")
+    try:
+        runpy.run_path(os.path.join(HERE, name), run_name="__main__")
+    except Exception:       # as Python does when a script ends
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
 
 
 def nothing():
@@ -2138,6 +2142,54 @@ def test_any_number_of_processes_ends_where_one_does(runs, words, name, parts, o
     go = on_pairs(name + "-parts", *options)
     for count, steps in parts:
         codes, (out, *_) = many(count, *go, f"--max_steps={steps}")
+def full_disk(number, name):
+    """before: nothing more can be written to files of this name, because the disk is full."""
+    class Full(io.TextIOWrapper):
+        def write(self, text):
+            raise OSError(number, os.strerror(number))
+    inner = builtins.open
+
+    def opened(path, mode="r", *args, **options):
+        if mode in "wa" and str(path).endswith(name):
+            return Full(inner(path, mode + "b"))
+        return inner(path, mode, *args, **options)
+    builtins.open = opened
+
+
+def test_a_full_disk_ends_in_one_sentence(runs):
+    """Wherever a run writes, and in sample.py and eval_imdb.py."""
+    said, go = "\nerror: .*make room. A run's last checkpoint is whole; continue with --resume=True\n$", "--resume=True"
+    task = trained("room", *TASK[1:], "--data=reviews", "--max_steps=2", "--max_prompt_length=8", "--eval_interval=2")
+    for name, code in (("log.jsonl", errno.ENOSPC), (".written", errno.ENOSPC), ("4.jsonl", errno.EDQUOT),
+                       ("options.json.new", errno.ENOSPC), ("prompts.jsonl", errno.EIO)):
+        before = functools.partial(full_disk, code, name)
+        says(1, said, "train.py", go, "--out_dir=room", "--max_steps=4", before=before)
+        assert state_of(task)["step"] == 2 and log_of(task)
+    out = says(1, said, "sample.py", "--model=tdpo2", "--num_prompts=1", "--out=full.jsonl",
+               before=functools.partial(full_disk, errno.ENOSPC, "full.jsonl"))
+    assert "policy    | 1 responses | entropy" in out
+    says(1, said, "eval_imdb.py", "--runs=tdpo2", "--out=full.png", before=failing_figure)
+    resumed(task, "--max_steps=4")
+    # a real one, as far as that goes without a file system of its own
+    trained("limit", "--max_steps=40", "--eval_interval=0", "--log_interval=1000")
+    says(1, said, "train.py", go, "--out_dir=limit", "--max_steps=60", before=limit_the_log)
+    assert state_of("limit")["step"] == 40 and last_step("limit") >= 49
+    resumed("limit", "--max_steps=42")
+
+
+def failing_figure():
+    """before: a figure finds the disk full."""
+    def savefig(*args, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    sys.modules["matplotlib.figure"].Figure.savefig = savefig
+
+
+def limit_the_log():
+    """before: after ten steps no file may grow beyond 12 kB, which the log has by then."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    stepping(lambda n: n == 10 and resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000)))
+
+
         assert codes == [0] * count and out.count("median speed") == 1, out
         go = ["--resume=True", f"--out_dir={name}-parts"]
     if name != "bf16":
