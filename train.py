@@ -253,7 +253,9 @@ def configure(argv):
             parser.error(f"--{name}={value} must be greater than 0")
 
     # options that do not go together
-    holds = [x for x in ("options.json", "state.pt", "config.json") if os.path.exists(os.path.join(folder, x))]
+    own = written(folder)
+    holds = [name for name in own if os.path.exists(os.path.join(folder, name))]
+    others = [x for pattern in FILES for x in glob.glob(pattern, root_dir=folder) if x not in own]
     starts = [os.path.realpath(path) for path in (c.init_from, c.ref_from) if os.path.isdir(path)]
     for fails, message in (
         (changed, f"--{' --'.join(changed)} would change the run in {folder}: leave it out, or choose a new --out_dir"),
@@ -266,6 +268,8 @@ def configure(argv):
         (c.resume and c.overwrite, "--resume=True and --overwrite=True contradict each other"),
         (holds and not (c.resume or c.overwrite or c.show_data), f"--out_dir={folder} holds another run: --resume=True "
          "continues it, --overwrite=True replaces it, a different --out_dir keeps it"),
+        (others and not (c.resume or c.show_data), f"--out_dir={folder} has files that no run wrote: "
+         f"{', '.join(others)}; move them, or choose a different --out_dir"),
     ):
         if fails:
             parser.error(message)
@@ -407,14 +411,14 @@ def render_text(row, columns, tokenizer):
         if row.get(name):
             raise ValueError(f"has {name!r} beside text: give chosen and rejected as messages, or write it into prompt")
     if prompt is None:
-        return None, responses, False
+        return None, responses, False, ""
 
     # an answer to "Hi" may begin with it, too
     if len(prompt.split()) > 2 and all(x.strip().startswith(prompt.strip()) for x in responses):
         raise ValueError("has responses that repeat the prompt: remove it from them")
     if any("\n\nHuman:" in x for x in responses):
         raise ValueError("has a turn of the human in a response: cut it there; beside whole transcripts, remove prompt")
-    return prompt, [prompt + x for x in responses], False
+    return prompt, [prompt + x for x in responses], False, prompt
 
 
 def render_messages(row, columns, tokenizer):
@@ -461,11 +465,11 @@ def render_messages(row, columns, tokenizer):
                              "assistant should follow it: cut the conversation there")
 
     # the template has to print all of it
+    asked = "\n".join(x["content"] for x in first[:shared])
     tools = row.get("tools") or None
     prompt = chat(tokenizer, first[:shared], tools=tools)
     if tools and prompt == chat(tokenizer, first[:shared]):
         raise ValueError("has tools, but the model's chat template does not print them")
-    asked = "\n".join(x["content"] for x in first[:shared])
     texts = []
     for messages in conversations:
         texts.append(chat(tokenizer, messages, False, tools))
@@ -949,15 +953,13 @@ class Adapter(torch.nn.Module):
 
 
 def blocks_of(model):
-    """Its transformer blocks, by transformers' own list of modules that stay in one piece."""
-    return [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
+    """The blocks of its text model, by transformers' own list of modules that stay in one piece."""
+    return [m for m in model.get_decoder().modules() if type(m).__name__ in (model._no_split_modules or ())]
 
 
 def linear_layers(model):
-    """The linear layers of its text model's blocks: others, say of a vision tower, learn nothing from text."""
-    text = set(model.get_decoder().modules())
-    return [m for block in blocks_of(model) if block in text for m in block.modules()
-            if isinstance(m, (torch.nn.Linear, Conv1D))]
+    """The linear layers of its blocks."""
+    return [m for block in blocks_of(model) for m in block.modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
 
 
 def adapt(model, rank, low):
@@ -1002,9 +1004,11 @@ def checkpoint_blocks(model):
 
 # the same for any number of processes
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
-CHECKPOINT = ("state.pt", "config.json", "generation_config.json", "model*.safetensors*", "tokenizer*", "vocab.*",
-              "merges.txt", "special_tokens_map.json", "added_tokens.json", "*chat_template*", "samples.jsonl",
-              "prompts.jsonl", "evals", "log.png")
+# what a run writes in its directory, and what would change how its model is read there
+FILES = ("state.pt", "options.json", "tdpo.py", "log.jsonl", "log.png", "prompts.jsonl", "evals/[0-9]*",
+         "config.json", "generation_config.json", "adapter_config.json", "model*.safetensors*", "tokenizer*.json",
+         "*.model", "vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+         "chat_template.*", "additional_chat_templates/*")
 
 
 def join_processes():
@@ -1064,10 +1068,7 @@ def save(folder, model, tokenizer, opt, step, **origin):
     try:
         shutil.rmtree(new, ignore_errors=True)
         os.makedirs(new)
-        # parameters that no gradient has reached, say of a vision tower
-        names = {name for group in opt_state["param_groups"] for name in group["params"]}
-        stateless = sorted(names - opt_state["state"].keys())
-        state = dict(origin, step=step, weights=weights, optimizer=opt_state, stateless=stateless)
+        state = dict(origin, step=step, weights=weights, optimizer=opt_state)
         torch.save(state, os.path.join(new, "state.pt"))
         model.save_pretrained(new, state_dict=merged)
         tokenizer.save_pretrained(new)
@@ -1080,37 +1081,47 @@ def save(folder, model, tokenizer, opt, step, **origin):
         shutil.rmtree(new, ignore_errors=True)
         sys.exit(f"error: step {step} could not be saved in {folder}: {error}. The last checkpoint there is whole: "
                  "make room, and continue with --resume=True")
-    names = os.listdir(new)
-    names.remove("state.pt")
-    for name in ["state.pt", *names]:
-        target = os.path.join(folder, name)
-        if os.path.isdir(target):
-            shutil.rmtree(target)
-        os.replace(os.path.join(new, name), target)
-    os.rmdir(new)
+    for name in sorted(glob.glob("**", root_dir=new, recursive=True), key=lambda name: name != "state.pt"):
+        if os.path.isfile(os.path.join(new, name)):
+            os.replace(os.path.join(new, name), claim(folder, name))
+    shutil.rmtree(new)
+
+
+def written(folder):
+    """The files that runs have written in a directory, by the record that they keep there."""
+    record = os.path.join(folder, ".written")
+    return open(record, encoding="utf-8").read().splitlines() if os.path.exists(record) else []
+
+
+def claim(folder, name):
+    """The path of a file that a run is about to write, entered in the record, in a folder that is made if missing."""
+    path = os.path.join(folder, name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if name not in written(folder):
+        with open(os.path.join(folder, ".written"), "a", encoding="utf-8") as f:
+            f.write(name + "\n")
+    return path
 
 
 def start_log(folder, step):
     """The open log of a run, and its options.json and objective, a copy of tdpo.py. A resumed log keeps its lines up to
-    the step. A new run removes the checkpoint of the run that it replaces, so that none ever lies beside a log that is
-    not its own."""
+    the step. A new run removes the files of the run that it replaces, so that none ever lies beside a log that is not
+    its own."""
     log = ""
     if resume:
         for record in eval_imdb.read_log(folder, step):
             log += json.dumps(record) + "\n"
     else:
-        for pattern in CHECKPOINT:
-            for path in glob.glob(os.path.join(glob.escape(folder), pattern)):
-                if os.path.isdir(path):
-                    shutil.rmtree(path)
-                else:
-                    os.remove(path)
+        for path in [os.path.join(folder, name) for name in written(folder)]:
+            if os.path.isfile(path) or os.path.islink(path):
+                os.remove(path)
+        open(os.path.join(folder, ".written"), "w").close()
     options = {name: globals()[name] for name in read_knobs()}
     with open(os.path.join(os.path.dirname(__file__), "tdpo.py"), encoding="utf-8") as f:
         objective = f.read()
     # a kill leaves the old ones or the new ones, never a part
     for name, text in (("tdpo.py", objective), ("options.json", json.dumps(options, indent=1)), ("log.jsonl", log)):
-        path = os.path.join(folder, name)
+        path = claim(folder, name)
         with open(path + ".new", "w", encoding="utf-8") as f:
             f.write(text)
         os.replace(path + ".new", path)
@@ -1225,7 +1236,7 @@ if __name__ == "__main__":
         except BlockingIOError:
             sys.exit(f"error: --out_dir={out_dir}: a run is at work in it; name a different directory, or wait")
         except OSError as error:
-            print(f"note: the file system has no locks ({error}): do not start a second run in {out_dir}")
+            print(f"note: the file system has no locks ({error}): start no second run in {out_dir}")
     sft, task = method == "sft", data in eval_imdb.TASKS
     noun = "texts" if sft else "pairs"
     if lora_rank and world > 1:
@@ -1333,6 +1344,9 @@ if __name__ == "__main__":
         # no prompt that is held out is trained on, even if it is not evaluated
         examples, held_out = hold_out(examples, counts["read"])
         counts["held out"] = len(held_out)
+        if len(held_out) > eval_pairs:
+            print(f"note: {len(held_out) - eval_pairs} held-out {noun} beyond --eval_pairs are not evaluated")
+            held_out = held_out[:eval_pairs]
     held_prompts = {example.prompt_text: example.prompt for example in held_out if example.prompt_text is not None}
     if task and not sft:
         held_prompts = {prefix: encode_prompt(tokenizer, prefix) for prefix in prefixes["test"]}
@@ -1344,9 +1358,6 @@ if __name__ == "__main__":
         print(f"note: {counts['shortened']} prompts end before the chat template's generation prompt does, because "
               "finished turns do not repeat it (nor, perhaps, reasoning); --show_data shows what is left")
     if show_data:
-        if len(held_out) > eval_pairs:
-            print(f"note: {len(held_out) - eval_pairs} held-out {noun} beyond --eval_pairs are not evaluated")
-            held_out = held_out[:eval_pairs]
         show_examples(examples, tokenizer, show_data)
         sys.exit()
 
@@ -1415,14 +1426,8 @@ if __name__ == "__main__":
             frozen = {name: x for name, x in model.state_dict().items() if not name.endswith((".0.A", ".0.B"))}
             weights = {**frozen, **weights}
         try:
-            # torch wants a state for every parameter that takes a gradient
-            stateless = [model.get_parameter(name) for name in state.get("stateless", ())]
-            for p in stateless:
-                p.requires_grad_(False)
             set_model_state_dict(model, weights, options=FULL)
             set_optimizer_state_dict(model, opt, state["optimizer"], options=FULL)
-            for p in stateless:
-                p.requires_grad_(True)
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             sys.exit(f"error: the checkpoint in {out_dir} does not fit this model: {reason}. If it is damaged, start "
@@ -1540,8 +1545,7 @@ if __name__ == "__main__":
             metrics.update(scores)
             # runs of one seed have the same prefixes, so that they can be compared one by one
             if rank == 0:
-                os.makedirs(os.path.join(out_dir, "evals"), exist_ok=True)
-                with open(os.path.join(out_dir, "evals", f"{step}.jsonl"), "w", encoding="utf-8") as f:
+                with open(claim(out_dir, f"evals/{step}.jsonl"), "w", encoding="utf-8") as f:
                     f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
         record = {"eval_" + name: x for name, x in metrics.items()}
         record = {"step": step, **record, "eval_pairs": len(held_out)}
@@ -1556,10 +1560,6 @@ if __name__ == "__main__":
         # the peak of the steps and evaluations, not of what prepared them
         torch.cuda.reset_peak_memory_stats()
 
-    # the log, and prompts for sample.py
-    log = open(os.devnull, "w")
-    if rank == 0:
-        log = start_log(out_dir, step)
     # W&B comes first: if it fails, the directory is as free as before
     if rank == 0 and wandb_log:
         try:
@@ -1571,13 +1571,16 @@ if __name__ == "__main__":
         except Exception as error:
             sys.exit(f"error: --wandb_log=True: {' '.join(str(error).split())}")
 
+    # the log, and prompts for sample.py
+    log = open(os.devnull, "w")
+    if rank == 0:
+        log = start_log(out_dir, step)
     if rank == 0 and held_prompts:
-        with open(os.path.join(out_dir, "prompts.jsonl"), "w", encoding="utf-8") as f:
+        with open(claim(out_dir, "prompts.jsonl"), "w", encoding="utf-8") as f:
             for prompt in held_prompts:
                 f.write(json.dumps({"prompt": prompt}) + "\n")
 
-    # the first SIGINT, SIGTERM or SIGHUP lets the step finish and saves; a second one leaves at once, except SIGHUP,
-    # which the end of a terminal may send twice
+    # the first of these signals lets the step finish and saves; a second one leaves at once, but SIGHUP may come twice
     signals = []
 
     def stop_after_step(number, frame):
@@ -1612,8 +1615,7 @@ if __name__ == "__main__":
             follow = f"continue: python train.py --resume=True --out_dir={out_dir}"
             if step == 0:
                 follow = "no step was made, so nothing is saved"
-            with contextlib.suppress(OSError):
-                print(f"stopped after step {step} | {follow}", flush=True)
+            print(f"stopped after step {step} | {follow}", flush=True)
             sys.exit(128 + (signals or [signal.SIGTERM])[0])
 
         # one step: its loss is one mean, however its pairs are packed; FSDP takes the mean over processes
@@ -1629,6 +1631,10 @@ if __name__ == "__main__":
             loss, some = forward(batch, counts)
             (loss * (world / count)).backward()
             stats.append(some)
+        # a checkpoint needs a state of every parameter, also of a vision tower, which no gradient reaches
+        for p in trained:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
         # the next step's rows are laid out while the device still works on this one's
         batches = list(rows_of([examples[i] for i in batch_of(step + 1)]))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
@@ -1676,8 +1682,9 @@ if __name__ == "__main__":
           f"{peak_gib(device_type):.2f} GiB; {time.time() - launched:.0f} s in all")
     if rank == 0:
         try:
-            eval_imdb.draw({os.path.basename(out_dir): eval_imdb.read_log(out_dir)}, os.path.join(out_dir, "log.png"))
-            print(f"wrote {os.path.join(out_dir, 'log.png')}")
+            picture = claim(out_dir, "log.png")
+            eval_imdb.draw({os.path.basename(out_dir): eval_imdb.read_log(out_dir)}, picture)
+            print(f"wrote {picture}")
         except Exception as error:      # no matplotlib, or a backend or font that fails: the run is saved all the same
             print(f"note: there is no log.png: {error}")
     follow = f"sample.py --model={out_dir}"
