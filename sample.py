@@ -10,6 +10,7 @@ python -m extras.show shades the tokens of responses, and python -m extras.judge
 """
 import argparse
 import difflib
+import errno
 import functools
 import json
 import os
@@ -39,6 +40,18 @@ if not sys.stderr.isatty():
     transformers.utils.logging.disable_progress_bar()
 if hasattr(sys.stdout, "reconfigure"):
     sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def explain(kind, error, trace):
+    """One sentence in place of a traceback if the disk is full or broken."""
+    if kind is OSError and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
+        print(f"error: {error}: make room. A run's last checkpoint is whole; continue with --resume=True",
+              file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = explain
 
 
 def parse(parser, argv=None):
@@ -549,12 +562,12 @@ if __name__ == "__main__":
                 line += f" ± {error:.4f}"
         means.append(line)
 
-    # the file, then the screen
-    with create(out) as f:
-        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    # the screen, then the file, which may fail
     for prompt, lines in zip(texts, shown):
         print("\n" + prompt.strip())
         print("\n".join(lines))
     print("\n" + "\n".join(means))
+    with create(out) as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     print(f"entropy and surprisal in nats a token, kl and rkl in nats a response, ± standard error over {len(texts)} "
           f"prompts; wrote {out}")

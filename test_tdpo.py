@@ -4,13 +4,16 @@ without -n 2 (pytest-xdist, two processes) they take half again as long.
 TDPO_KILLS=20 kills a run more often, TDPO_RUNS=100 starts more runs under torchrun, and TDPO_STEPS=500 watches the
 memory of a run for longer.
 """
+import builtins
 import contextlib
 import copy
 import datetime
+import errno
 import fcntl
 import functools
 import glob
 import gzip
+import hashlib
 import importlib.util
 import io
 import itertools
@@ -21,6 +24,7 @@ import multiprocessing.connection
 import os
 import pathlib
 import pickle
+import pty
 import random
 import re
 import resource
@@ -31,6 +35,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 import types
 import weakref
@@ -1137,6 +1142,45 @@ def test_adapters_go_on_with_the_weights_that_they_were_put_on(runs):
     assert open("renamed/state.pt", "rb").read() == before
 
 
+# an indexer chooses what a token attends to, and no gradient goes through the choice
+SPARSE = dict(
+    intermediate_size=48, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
+    qk_nope_head_dim=8, v_head_dim=8, index_topk=128, index_head_dim=16, index_n_heads=2, moe_intermediate_size=24,
+    n_routed_experts=2, num_experts_per_tok=1, n_group=1, topk_group=1, n_shared_experts=1, first_k_dense_replace=1)
+
+
+@pytest.mark.parametrize("options", ([], ["--optimizer=adamw"], LORA, ["--method=sft", "--optimizer=adamw", *LORA]))
+def test_parameters_that_no_gradient_reaches_do_not_stop_a_resumed_run(runs, words, options):
+    """They keep their values; where the state of a parameter is lost, the run is refused."""
+    tiny(hf.GlmMoeDsaConfig(**dict(SIZES, vocab_size=len(words), eos_token_id=0), **SPARSE)).save_pretrained("sparse")
+    words.save_pretrained("sparse")
+    name, options = "sparse-" + "".join(options), ["--init_from=sparse", *options]
+    trained(name + "whole", *options, "--max_steps=4")
+    trained(name, *options, "--max_steps=2")
+    state = state_of(name)
+    before, after = (AutoModelForCausalLM.from_pretrained(x).state_dict() for x in ("sparse", name))
+    same = {x for x in before if torch.equal(before[x], after[x])}
+    assert {x for x in before if ".indexer." in x} <= same and len(same) < len(before)
+    shutil.copytree(name, name + "damaged")
+    resumed(name, "--max_steps=4")
+    same_run(name + "whole", name)
+    state["optimizer"]["state"].popitem()
+    torch.save(state, name + "damaged/state.pt")
+    says(1, "does not fit this model: Missing optimizer state", "train.py", "--resume=True",
+         f"--out_dir={name}damaged", "--max_steps=4")
+
+
+def test_adapters_go_on_the_layers_of_the_text_model():
+    text = dict(SIZES, **GROUPS, head_dim=8, vocab_size_per_layer_input=61, hidden_size_per_layer_input=8)
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+                  num_key_value_heads=4, head_dim=8, position_embedding_size=16)
+    model = tiny(hf.Gemma4Config(text_config=text, vision_config=vision))
+    layers = adapted(model)
+    assert len(layers) > 10 and all(".language_model.layers." in name for name in layers)
+    model(torch.arange(9)[None]).logits.sum().backward()
+    assert all(x.grad is not None for adapter in layers.values() for x in (adapter.A, adapter.B))
+
+
 def counting_checkpoints():
     inner = torch.utils.checkpoint.checkpoint
 
@@ -1221,8 +1265,12 @@ def read(rows, tokenizer, source="rows", known=None, **options):
     rows = train.read_rows(rows) if isinstance(rows, str) else [(f"row {n}", row) for n, row in enumerate(rows, 1)]
     with mock.patch.multiple(train, **{**run, **options}):
         examples, counts = train.make_examples(rows, source, model, tokenizer)
-    assert all(x.dtype == np.int32 for example in examples for x in example[2:])
-    return [example_of(*[x.tolist() for x in example[2:]], *example[:2]) for example in examples], counts
+    assert all(x.dtype == np.int32 for example in examples for x in example[2:5])
+    lists = []
+    for example in examples:
+        plain = example_of(*[x.tolist() for x in example[2:5]], *example[:2])
+        lists.append(plain._replace(asked=example.asked))
+    return lists, counts
 
 
 def turns(*contents):
@@ -1368,7 +1416,7 @@ def test_long_pairs_lose_prompt_but_bos_then_the_ends_of_responses():
                                (("<s>", "$A"), "right", "<s>abc")):
         tokenizer = spelled(adds=adds, bos="<s>")
         (example,), counts = read([pair], tokenizer, max_length=7, max_prompt_length=4, truncation=side)
-        assert [tokenizer.decode(x) for x in example[2:]] == [prompt, "123", "678"]
+        assert [tokenizer.decode(x) for x in example[2:5]] == [prompt, "123", "678"]
         assert (counts["truncated"], counts["beheaded"]) == (1, side == "left")
     with pytest.raises(SystemExit, match="1 bad rows of 1; .* the same within --max_length=3"):
         read([dict(pair, rejected="1")], spelled(), max_length=3, max_prompt_length=2)
@@ -1398,15 +1446,77 @@ def test_sft_takes_sft_data(options, row, prompt, response):
         read([dict(messages=turns("q", "y", "r"))], spelled(**CHATS), method="sft")
 
 
-def test_every_row_is_accounted_for(capsys):
-    """Of prompts with many pairs, with one, and with more than may be held out."""
-    for prompts, n, eval_pairs, held_out in ((40, 100, 5, 5), (100, 100, 512, 10), (3, 90, 10, 10)):
-        pairs = [example_of([k], [1], [2], f"row {k}", f"prompt {k % prompts}") for k in range(n)]
-        with mock.patch.multiple(train, eval_pairs=eval_pairs, seed=1):
-            rest, held = train.hold_out(pairs)
-        assert sorted(rest + held) == sorted(pairs) and held_out - 3 < len(held) <= held_out
-        apart = not {x.prompt_text for x in rest} & {x.prompt_text for x in held}
-        assert apart == ("in both parts" not in capsys.readouterr().out) == (prompts > 3)
+def held_prompts_of(folder):
+    return {str(row["prompt"]) for row in lines_of(folder + "/prompts.jsonl")}
+
+
+def places(asked, seed=1):
+    """The places of what prompts ask between 0 and 1, by which they are held out."""
+    digests = [hashlib.sha256(json.dumps([seed, x]).encode()).hexdigest() for x in asked]
+    return [int(x[:16], 16) / 2**64 for x in digests]
+
+
+@pytest.mark.parametrize("prompts, n, eval_pairs", [(40, 100, 5), (100, 100, 512), (3, 90, 10), (2, 2, 1),
+                                                    (2000, 2000, 40), (1000, 1000, 100)])
+def test_a_hash_holds_out_a_share_of_the_prompts(prompts, n, eval_pairs):
+    """Of prompts with many pairs, with one, and with more than may be held out: all of a prompt's pairs or none."""
+    pairs = [example_of([k], [1], [2], f"row {k}")._replace(asked=f"prompt {k % prompts}") for k in range(n)]
+    with mock.patch.multiple(train, eval_pairs=eval_pairs, seed=1):
+        rest, held = train.hold_out(pairs, n)
+        others, again = train.hold_out(pairs[::-1], n)
+    assert sorted(rest + held) == sorted(pairs) == sorted(others + again) and rest and held
+    found = [x.asked for x in held]
+    assert not {x.asked for x in rest} & set(found) and set(found) == {x.asked for x in again}
+    # the largest of 1/10, 1/20 ... of which at most eval_pairs are expected
+    share = next(x for x in (0.1 / 2**k for k in range(99)) if x * n <= eval_pairs)
+    asked = [f"prompt {k}" for k in range(prompts)]
+    chosen = {x for x, place in zip(asked, places(asked)) if place < share}
+    assert set(found) == (chosen or {min(asked, key=lambda x: places([x]))})
+    assert places(found) == sorted(places(found))
+
+
+def test_the_same_prompts_are_held_out_whatever_becomes_of_rows(runs):
+    """SFT, then TDPO, on files with ties, of another order, with more rows, truncated, of another form."""
+    rng = random.Random(0)
+    prompts = [" ".join(eval_imdb.write_review(rng).split()[:8]) + f" {n}" for n in range(80)]
+    plain = [dict(prompt=x, chosen=f" good {n}", rejected=" bad") for n, x in enumerate(prompts)]
+    ties = [dict(row, rejected=row["chosen"]) if n % 9 == 0 else row for n, row in enumerate(plain)]
+    more = [dict(row, prompt="more " + row["prompt"]) for row in plain[:20]]
+    files = dict(plain=plain, ties=ties, more=ties[::-1] + plain[:30] + more)
+    held = {x for x, place in zip(prompts, places(prompts)) if place < 0.1}
+    assert len(held) > 3
+    for name, rows in files.items():
+        write_lines(f"held-{name}.jsonl", rows)
+        for method, options in (("sft", []), ("tdpo2", ["--max_length=10", "--max_prompt_length=5"])):
+            folder = f"held-{name}-{method}"
+            trained(folder, f"--data=held-{name}.jsonl", f"--method={method}", "--max_steps=1", "--bad_rows=0.5",
+                    "--eval_interval=0", *options)
+            left = {row["prompt"] for row in rows if method == "sft" or row["chosen"] != row["rejected"]}
+            assert {x for x in held_prompts_of(folder) if not x.startswith("more")} == held & left
+
+
+def test_chats_hold_out_the_same_prompts_whatever_the_template_prints(runs):
+    """A date, or a thinking block that only SFT's answers have."""
+    found = []
+    for template, method, before in ((DATED, "sft", yesterday), (DATED, "tdpo2", nothing), (THINK, "sft", nothing),
+                                     (CHAT, "tdpo2", nothing)):
+        data = chat_model("held-chat", template)
+        rows = [dict(prompt=turns(f"q{n}"), chosen=answer("yes"), rejected=answer("no")) for n in range(30)]
+        write_lines(data, rows)
+        trained("held-chats", f"--data={data}", "--init_from=held-chat", "--max_steps=1", "--overwrite=True",
+                f"--method={method}", before=before)
+        found.append({re.search("q\\d+", x)[0] for x in held_prompts_of("held-chats")})
+    asked = [f"q{n}" for n in range(30)]
+    assert found == 4 * [{x for x, place in zip(asked, places(asked)) if place < 0.1}] and found[0]
+
+
+def test_pairs_beyond_eval_pairs_are_counted(runs):
+    """Of a prompt's twenty pairs, of which three are evaluated."""
+    rows = [dict(prompt=f"the plot {n % 4}", chosen=f" was good {n}", rejected=" was bad") for n in range(80)]
+    options = ["--data=" + write_lines("beyond.jsonl", rows), "--eval_pairs=3", "--max_steps=1"]
+    out = says(0, "note: 17 held-out pairs beyond --eval_pairs are not evaluated", "train.py", *on_pairs("beyond", *options))
+    assert "data: 80 pairs read = 60 to train on + 20 held out + 0 left out" in out
+    assert log_of("beyond")[0]["eval_pairs"] == 3
 
 
 def test_bad_rows_are_counted_by_reason(tmp_path, capsys):
@@ -1697,7 +1807,11 @@ def in_fork(name, args, folder, output, environ, before):
     os.environ.update(environ)
     sys.argv = [name, *args]
     before()
-    runpy.run_path(os.path.join(HERE, name), run_name="__main__")
+    try:
+        runpy.run_path(os.path.join(HERE, name), run_name="__main__")
+    except Exception:       # as Python does when a script ends
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
 
 
 def nothing():
@@ -1741,7 +1855,8 @@ def many(count, *args, name="train.py", environ={}, **options):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    environ, ranks = dict(environ, WORLD_SIZE=str(count), MASTER_ADDR="localhost", MASTER_PORT=port), []
+    environ = dict(WORLD_SIZE=str(count), MASTER_ADDR="localhost", MASTER_PORT=port, OMP_NUM_THREADS="1", **environ)
+    ranks = []
     for rank in map(str, range(count)):
         ranks.append(Run(name, *args, environ=dict(environ, RANK=rank, LOCAL_RANK=rank), **options))
     while any(run.process.exitcode is None for run in ranks) and not any(run.process.exitcode for run in ranks):
@@ -1989,6 +2104,60 @@ def test_resume_continues_bit_for_bit_from_state_pt_alone(runs):
     assert open("parts/model.safetensors", "rb").read() == a
 
 
+def contents(folder):
+    return {str(path): path.read_bytes() for path in pathlib.Path(folder).rglob("*") if path.is_file()}
+
+
+OWN = ("notes.md", "samples.jsonl", "vocab.tsv", "evals/raters.csv", "tokenizer_notes/merges.md", "tokenizer.txt",
+       "additional/x.jinja", "log.jsonl.bak", "data/config.json")
+
+
+def test_a_run_removes_what_a_run_wrote_and_nothing_else(runs):
+    """In a folder with other files, the start model and the data, over one run and the next."""
+    for name in OWN:
+        os.makedirs(os.path.dirname("study/" + name) or ".", exist_ok=True)
+        write_lines("study/" + name, ["mine"])
+    shutil.copytree("sft", "study/tokenizer_start")
+    shutil.copy("pairs.jsonl", "study/evals.jsonl")
+    own, task = contents("study"), [*TASK[1:], "--data=reviews", "--eval_interval=1"]
+    with contextlib.chdir("study"):
+        start = ["--init_from=tokenizer_start", "--data=evals.jsonl", "--max_steps=1"]
+        trained(".", *start)
+        resumed(".", "--max_steps=2")
+        ran = set(map(os.path.relpath, contents(".")))
+        # of a task, whose samples lie in a folder with the person's own file
+        trained(".", *start, *task, "--max_prompt_length=8", "--overwrite=True", "--max_steps=2")
+        assert {"evals/0.jsonl", "evals/2.jsonl"} < set(map(os.path.relpath, contents(".")))
+        (pairs,) = glob.glob("reviews-pairs-*.jsonl")
+        os.remove(pairs)
+        trained(".", *start, "--overwrite=True")
+        assert set(map(os.path.relpath, contents("."))) == ran
+    assert own.items() <= contents("study").items()
+
+
+BLOCKED = ("config.json", "model.safetensors", "tokenizer.json", "tdpo.py", "log.png", "log.jsonl", "prompts.jsonl",
+           "evals/0.jsonl", "generation_config.json", "options.json", "state.pt", "chat_template.jinja")
+
+
+def test_a_folder_with_files_that_a_run_would_replace_is_refused(runs):
+    for n, name in enumerate(BLOCKED):
+        folder = f"blocked{n}"
+        os.makedirs(os.path.dirname(f"{folder}/{name}"))
+        write_lines(f"{folder}/{name}", ["mine"])
+        for overwrite in ("False", "True"):
+            with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as said:
+                train.configure(on_pairs(folder, f"--overwrite={overwrite}"))
+            assert f"has files that no run wrote: {name}; move them" in said.getvalue()
+    # beside a run, too
+    trained("guest", "--max_steps=1")
+    write_lines("guest/adapter_config.json", ["mine"])
+    before = contents("guest")
+    says(2, "that no run wrote: adapter_config.json; move them", "train.py", *on_pairs("guest", "--overwrite=True"))
+    assert contents("guest") == before
+    os.symlink("../sft/config.json", "blocked0/merges.txt")
+    says(2, "no run wrote: config.json, merges.txt", "train.py", *on_pairs("blocked0"))
+
+
 def test_tokenizers_that_save_a_folder_are_saved(runs):
     """Several named chat templates lie in a folder; they are saved over and over, and go with their run."""
     tokenizer = AutoTokenizer.from_pretrained("sft")
@@ -2034,6 +2203,54 @@ def test_a_save_that_fails_keeps_the_one_before(runs):
          "--resume=True", "--out_dir=full", "--max_steps=4", before=small_files)
     assert state_of("full")["step"] == 2 and not os.path.exists("full/.saving")
     sample.load_model("full")
+
+
+def full_disk(number, name):
+    """before: nothing more can be written to files of this name, because the disk is full."""
+    class Full(io.TextIOWrapper):
+        def write(self, text):
+            raise OSError(number, os.strerror(number))
+    inner = builtins.open
+
+    def opened(path, mode="r", *args, **options):
+        if mode in "wa" and str(path).endswith(name):
+            return Full(inner(path, mode + "b"))
+        return inner(path, mode, *args, **options)
+    builtins.open = opened
+
+
+def test_a_full_disk_ends_in_one_sentence(runs):
+    """Wherever a run writes, and in sample.py and eval_imdb.py."""
+    said, go = "\nerror: .*make room. A run's last checkpoint is whole; continue with --resume=True\n$", "--resume=True"
+    task = trained("room", *TASK[1:], "--data=reviews", "--max_steps=2", "--max_prompt_length=8", "--eval_interval=2")
+    for name, code in (("log.jsonl", errno.ENOSPC), (".written", errno.ENOSPC), ("4.jsonl", errno.EDQUOT),
+                       ("options.json.new", errno.ENOSPC), ("prompts.jsonl", errno.EIO)):
+        before = functools.partial(full_disk, code, name)
+        says(1, said, "train.py", go, "--out_dir=room", "--max_steps=4", before=before)
+        assert state_of(task)["step"] == 2 and log_of(task)
+    out = says(1, said, "sample.py", "--model=tdpo2", "--num_prompts=1", "--out=full.jsonl",
+               before=functools.partial(full_disk, errno.ENOSPC, "full.jsonl"))
+    assert "policy    | 1 responses | entropy" in out
+    says(1, said, "eval_imdb.py", "--runs=tdpo2", "--out=full.png", before=failing_figure)
+    resumed(task, "--max_steps=4")
+    # a real one, as far as that goes without a file system of its own
+    trained("limit", "--max_steps=40", "--eval_interval=0", "--log_interval=1000")
+    says(1, said, "train.py", go, "--out_dir=limit", "--max_steps=60", before=limit_the_log)
+    assert state_of("limit")["step"] == 40 and last_step("limit") >= 49
+    resumed("limit", "--max_steps=42")
+
+
+def failing_figure():
+    """before: a figure finds the disk full."""
+    def savefig(*args, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    sys.modules["matplotlib.figure"].Figure.savefig = savefig
+
+
+def limit_the_log():
+    """before: after ten steps no file may grow beyond 12 kB, which the log has by then."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    stepping(lambda n: n == 10 and resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000)))
 
 
 class Evil:
@@ -2197,7 +2414,7 @@ def test_torchrun_ends_with_0(runs):
 # signals and kills
 
 
-@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
 def test_signals_finish_the_step_and_save(runs, number):
     name = f"signal-{number}"
     run = Run("train.py", *on_pairs(name, "--max_steps=100000"))
@@ -2209,6 +2426,38 @@ def test_signals_finish_the_step_and_save(runs, number):
     assert code == 128 + number and log_of(name)[-1]["step"] == step >= 3
     resumed(name, f"--max_steps={step + 2}")
     same_run(trained(name + "-whole", f"--max_steps={step + 2}"), name)
+
+
+def two_hangups():
+    stepping(lambda n: [os.kill(os.getpid(), signal.SIGHUP) for _ in range(2)])
+
+
+def nohup():
+    """SIGHUP is ignored; it comes in step 1, SIGTERM in step 3."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stepping(lambda n: n in (1, 3) and os.kill(os.getpid(), signal.SIGHUP if n == 1 else signal.SIGTERM))
+
+
+def test_a_hangup_that_comes_twice_saves_and_one_that_is_ignored_does_nothing(runs):
+    says(128 + signal.SIGHUP, "stopped after step 1 ", "train.py", *on_pairs("hangup"), before=two_hangups)
+    says(128 + signal.SIGTERM, "stopped after step 3 ", "train.py", *on_pairs("nohup"), before=nohup)
+    assert state_of("hangup")["step"] == 1 and state_of("nohup")["step"] == 3
+
+
+def test_a_terminal_that_is_closed_saves(runs):
+    """A real one, on which nothing can be printed afterwards."""
+    terminal, inside = pty.openpty()
+    os.set_blocking(terminal, False)
+    command = [sys.executable, HERE + "/train.py", *on_pairs("closed", "--max_steps=100000")]
+    run = subprocess.Popen(command, stdin=inside, stdout=inside, stderr=inside, start_new_session=True,
+                           preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY))
+    os.close(inside)
+    while last_step("closed") < 3 and run.poll() is None:
+        time.sleep(0.01)
+        with contextlib.suppress(BlockingIOError):
+            os.read(terminal, 10**6)
+    os.close(terminal)
+    assert run.wait(60) and last_step("closed") == state_of("closed")["step"] >= 3
 
 
 def one_signal():
@@ -2538,7 +2787,8 @@ def test_what_a_run_does_not_do_is_said(runs):
     out = says(0, "saved said", "train.py", *options)
     assert "--warmup_steps=20 is more than the 2 steps: the learning rate gets no higher than 1e-05 of 0.0001" in out
     assert "the loss that balances this model's experts (router_aux_loss_coef) is not part" in out
-    assert "data: 60 pairs read = 55 to train on + 5 held out + 0 left out; 0 truncated" in out
+    held = sum(place < 0.1 for place in places([row["prompt"] for row in lines_of("pairs.jsonl")]))
+    assert f"data: 60 pairs read = {60 - held} to train on + {held} held out + 0 left out; 0 truncated" in out
 
 
 def test_show_data_prints_what_the_model_sees(runs):
@@ -2583,6 +2833,65 @@ def test_output_is_created_when_it_is_written_and_not_before(runs, broken_models
     assert len(lines_of("new/folder/x.jsonl")) == 2
 
 
+def without_locks(number):
+    """before: no file can be locked, as on some network file systems."""
+    def flock(*args):
+        raise OSError(number, os.strerror(number))
+    fcntl.flock = flock
+
+
+@pytest.mark.parametrize("name", ("ENOSYS", "EOPNOTSUPP", "ENOLCK", "EIO"))
+def test_file_systems_without_locks_are_said_and_trained_on(runs, name):
+    number = getattr(errno, name)
+    says(0, rf"note: the file system has no locks \(\[Errno {number}\][\s\S]*\nsaved lockless", "train.py",
+         *on_pairs("lockless", "--max_steps=1", "--overwrite=True"), before=functools.partial(without_locks, number))
+
+
+WANDB = """
+import os, types
+def init(id=None, resume=None, config=None, dir=None, **others):
+    assert resume == "allow" and config["wandb_log"]
+    with open("wandb.txt", "a") as f: f.write(f"init {id} {os.path.exists(os.path.join(dir, 'options.json'))}\\n")
+    if os.environ["FAILS"] == "init": raise RuntimeError("No API key\\nconfigured")
+    return types.SimpleNamespace(id=id or "a1")
+def log(record, step=None):
+    with open("wandb.txt", "a") as f: f.write(f"log {step} {len(record) > 3}\\n")
+    if os.environ["FAILS"] == "log": raise RuntimeError("no connection")
+def finish():
+    if os.environ["FAILS"] == "log": raise RuntimeError("no connection")
+"""
+
+
+def importing_wandb():
+    sys.path.insert(0, "wandb-stub")
+
+
+def test_a_resumed_run_goes_on_at_wandb_and_failures_cost_no_training(runs):
+    """With a package of that name that writes down its calls."""
+    os.makedirs("wandb-stub")
+    write_lines("wandb-stub/wandb.py", [WANDB])
+
+    def calls():
+        lines = open("wandb.txt").read().splitlines()
+        os.remove("wandb.txt")
+        return lines
+    with_wandb = dict(before=importing_wandb, environ=dict(FAILS=""))
+    trained("wandb-run", "--wandb_log=True", "--max_steps=1", **with_wandb)
+    assert calls() == ["init None False", "log 0 True", "log 1 True", "log 1 True"]
+    # a run that goes on without it keeps its id all the same
+    resumed("wandb-run", "--wandb_log=False", "--max_steps=2", **with_wandb)
+    resumed("wandb-run", "--wandb_log=True", "--max_steps=3", **with_wandb)
+    assert calls() == ["init a1 True", "log 3 True", "log 3 True"]
+    says(1, "error: --wandb_log=True: No API key configured\n$", "train.py", *on_pairs("wandb-b", "--wandb_log=True"),
+         before=importing_wandb, environ=dict(FAILS="init"))
+    assert calls() == ["init None False"] and os.listdir("wandb-b") == [".lock"]
+    says(0, "warning: wandb.log failed: no connection\n[\\s\\S]*saved wandb-b", "train.py", *on_pairs(
+        "wandb-b", "--wandb_log=True", "--max_steps=1"), before=importing_wandb, environ=dict(FAILS="log"))
+    codes, outs = many(2, *on_pairs("wandb-two", "--wandb_log=True", "--max_steps=1"), before=importing_wandb,
+                       environ=dict(FAILS="log"))
+    assert codes == [0, 0], outs
+
+
 def test_a_directory_that_cannot_be_written_is_said(runs):
     # not even root makes directories there
     says(1, "error: .*/proc/x", "train.py", "--out_dir=/proc/x")
@@ -2602,7 +2911,7 @@ def block(containing):
 def test_the_plain_loop_of_the_readme(runs):
     """Also with the fused form in its place."""
     examples, _ = read("pairs.jsonl", sample.load_model("sft")[1], max_length=64)
-    pairs = [example[2:] for example in examples]
+    pairs = [example[2:5] for example in examples]
     loop, weights = block("for pairs in batches"), []
     exec(block("def fused_loss"), fused := dict(torch=torch))
     line = re.search(r"losses, stats = .*", loop)[0]

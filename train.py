@@ -270,7 +270,9 @@ def configure(argv):
             parser.error(f"--{name}={value} is not one of {', '.join(CHOICES[name])}, or this machine does not have it")
 
     # options that do not go together
-    holds = [x for x in ("options.json", "state.pt", "config.json") if os.path.exists(os.path.join(folder, x))]
+    own = written(folder)
+    holds = [name for name in own if os.path.exists(os.path.join(folder, name))]
+    others = [x for pattern in FILES for x in glob.glob(pattern, root_dir=folder) if x not in own]
     starts = [os.path.realpath(path) for path in (c.init_from, c.ref_from) if os.path.isdir(path)]
     for fails, message in (
         (changed, f"--{' --'.join(changed)} would change the run in {folder}: leave it out, or choose a new --out_dir"),
@@ -286,6 +288,8 @@ def configure(argv):
         (c.resume and c.overwrite, "--resume=True and --overwrite=True contradict each other"),
         (holds and not (c.resume or c.overwrite or c.show_data), f"--out_dir={folder} holds another run: --resume=True "
          "continues it, --overwrite=True replaces it, a different --out_dir keeps it"),
+        (others and not (c.resume or c.show_data), f"--out_dir={folder} has files that no run wrote: "
+         f"{', '.join(others)}; move them, or choose a different --out_dir"),
     ):
         if fails:
             parser.error(message)
@@ -296,8 +300,8 @@ def configure(argv):
 # own data: a source gives rows, a row becomes text, text becomes tokens
 
 # a pair, or a text of SFT: the row that it comes from, its prompt as text (None if the whole text is learned), and
-# three arrays of token ids, of which rejected is empty for SFT
-Example = collections.namedtuple("Example", "where prompt_text prompt chosen rejected")
+# three arrays of token ids, of which rejected is empty for SFT. asked: the prompt's text without the template
+Example = collections.namedtuple("Example", "where prompt_text prompt chosen rejected asked", defaults=[""])
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -427,14 +431,14 @@ def render_text(row, columns, tokenizer):
         if row.get(name):
             raise ValueError(f"has {name!r} beside text: give chosen and rejected as messages, or write it into prompt")
     if prompt is None:
-        return None, responses, False
+        return None, responses, False, ""
 
     # an answer to "Hi" may begin with it, too
     if len(prompt.split()) > 2 and all(x.strip().startswith(prompt.strip()) for x in responses):
         raise ValueError("has responses that repeat the prompt: remove it from them")
     if any("\n\nHuman:" in x for x in responses):
         raise ValueError("has a turn of the human in a response: cut it there; beside whole transcripts, remove prompt")
-    return prompt, [prompt + x for x in responses], False
+    return prompt, [prompt + x for x in responses], False, prompt
 
 
 def render_messages(row, columns, tokenizer):
@@ -481,6 +485,7 @@ def render_messages(row, columns, tokenizer):
                              "assistant should follow it: cut the conversation there")
 
     # the template has to print all of it
+    asked = "\n".join(x["content"] for x in first[:shared])
     tools = row.get("tools") or None
     prompt = chat(tokenizer, first[:shared], tools=tools)
     if tools and prompt == chat(tokenizer, first[:shared]):
@@ -492,13 +497,13 @@ def render_messages(row, columns, tokenizer):
 
     # a generation prompt may open a block that finished turns do not have, say <think>: the prompt ends before it
     if all(x.startswith(prompt) for x in texts):
-        return prompt, texts, False
+        return prompt, texts, False, asked
     unanswered = chat(tokenizer, first[:shared], False, tools)
     finished = chat(tokenizer, [*first[:shared], {"role": "assistant", "content": "|"}], False, tools)
     begin = os.path.commonprefix([prompt, finished])
     if not all(x.startswith(begin) for x in texts) or not begin.startswith(unanswered):
         raise ValueError("has a response that, in the chat template, does not continue the prompt")
-    return begin, texts, True
+    return begin, texts, True, asked
 
 
 def check_printed(tokenizer, messages, tools, text):
@@ -536,11 +541,11 @@ FORMS = [
 
 
 def render(row, tokenizer):
-    """A row as text: (prompt, texts, shortened).
+    """A row as text: (prompt, texts, shortened, asked).
 
     texts: the chosen and the rejected response, or the one that SFT learns, each with the prompt in front of it.
     prompt: None if SFT learns the whole text. shortened: whether the prompt ends before the chat template's generation
-    prompt does. ValueError: what is wrong with the row.
+    prompt does. asked: the prompt without the template. ValueError: what is wrong with the row.
     """
     if isinstance(row, ValueError):
         raise row
@@ -646,16 +651,16 @@ def make_examples(rows, source, model, tokenizer):
         rendered, texts = [], []
         for where, row in rows[begin:begin + 1000]:
             try:
-                prompt, whole_texts, shortened = render(row, tokenizer)
+                prompt, whole_texts, shortened, asked = render(row, tokenizer)
                 # this is a ValueError if a text has half a surrogate pair
                 "".join(whole_texts).encode()
-                rendered.append((where, prompt, whole_texts, shortened))
+                rendered.append((where, prompt, whole_texts, shortened, asked or whole_texts[0]))
                 texts += [prompt or "", *whole_texts]
             except ValueError as error:
                 bad[str(error).split(":")[0]].append(f"{where} {error}")
         encoded = iter(encode_prompts(tokenizer, texts) if texts else [])
 
-        for where, prompt, whole_texts, shortened in rendered:
+        for where, prompt, whole_texts, shortened, asked in rendered:
             ids, *joint = itertools.islice(encoded, 1 + len(whole_texts))
             try:
                 whole = encode(where, prompt, whole_texts, ids, joint, tokenizer, stops)
@@ -671,7 +676,8 @@ def make_examples(rows, source, model, tokenizer):
             counts["shortened"] += shortened
             counts["truncated"] += example != whole
             counts["beheaded"] += example.prompt != whole.prompt and truncation == "left"
-            examples.append(Example(where, prompt, *[np.array(x, np.int32) for x in example[2:]]))
+            arrays = [np.array(x, np.int32) for x in (example.prompt, example.chosen, example.rejected)]
+            examples.append(Example(where, prompt, *arrays, asked))
 
     # the most frequent reasons, each with its first row
     counts["left out"] = len(rows) - len(examples)
@@ -685,31 +691,25 @@ def make_examples(rows, source, model, tokenizer):
     return examples, counts
 
 
-def hold_out(examples):
-    """(examples to train on, held-out examples): those of a tenth of the prompts, at most eval_pairs of them. No prompt
-    is in both parts, unless every prompt has more pairs than that."""
-    # rows without a prompt share none
-    groups = {}
-    for example in examples:
-        groups.setdefault(example.prompt_text or example.where, []).append(example)
-    prompts = sorted(groups)
-    if len(prompts) == 1:
+def hold_out(examples, read):
+    """(examples to train on, held-out examples), no prompt in both. A hash of seed and prompt decides, so that SFT and
+    TDPO hold out the same prompts, whatever rows either leaves out: a tenth, halved until eval_pairs of the read rows
+    are expected to suffice."""
+    share = 0.1
+    while share * read > eval_pairs:
+        share /= 2
+
+    def place(example):
+        digest = hashlib.sha256(json.dumps([seed, example.asked]).encode()).digest()
+        return int.from_bytes(digest[:8]) / 2**64
+    ranked = sorted(examples, key=place)
+    first, last = place(ranked[0]), place(ranked[-1])
+    if first == last:
         sys.exit("error: all pairs share one prompt, so none can be held out: add prompts, or name --eval_data")
-    # whole groups, as long as they fit
-    order = np.random.default_rng(seed).permutation(len(prompts))
-    held = []
-    count = max(1, min(eval_pairs, len(prompts) // 10))
-    for i in order:
-        pairs = groups[prompts[i]]
-        if count > 0 and len(held) + len(pairs) <= eval_pairs:
-            held += pairs
-            count -= 1
-    # no group fits
-    if not held:
-        held = groups[prompts[order[0]]][:eval_pairs]
-        print(f"warning: each prompt has more than --eval_pairs={eval_pairs} pairs: one prompt is in both parts")
-    wheres = {example.where for example in held}
-    return [example for example in examples if example.where not in wheres], held
+    # at least one prompt is held out, and one is not
+    if not first < share <= last:
+        share = math.nextafter(first, 1)
+    return [x for x in examples if place(x) >= share], [x for x in ranked if place(x) < share]
 
 
 def show_examples(examples, tokenizer, count):
@@ -983,8 +983,9 @@ class Adapter(torch.nn.Module):
 
 
 def blocks_of(model):
-    """Its transformer blocks, by transformers' own list of modules that stay in one piece. FSDP renames them."""
-    return [m for m in model.modules() if type(m).__name__.removeprefix("FSDP") in (model._no_split_modules or ())]
+    """The blocks of its text model, by transformers' own list of modules that stay in one piece. FSDP renames them."""
+    text = model.get_decoder()
+    return [m for m in text.modules() if type(m).__name__.removeprefix("FSDP") in (model._no_split_modules or ())]
 
 
 def linear_layers(model):
@@ -1035,9 +1036,11 @@ def checkpoint_blocks(model):
 # the same for any number of processes
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 FROM_RANK_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-CHECKPOINT = ("state.pt", "config.json", "generation_config.json", "model*.safetensors*", "tokenizer*", "vocab.*",
-              "merges.txt", "special_tokens_map.json", "added_tokens.json", "*chat_template*", "samples.jsonl",
-              "prompts.jsonl", "evals", "log.png")
+# what a run writes in its directory, and what would change how its model is read there
+FILES = ("state.pt", "options.json", "tdpo.py", "log.jsonl", "log.png", "prompts.jsonl", "evals/[0-9]*",
+         "config.json", "generation_config.json", "adapter_config.json", "model*.safetensors*", "tokenizer*.json",
+         "*.model", "vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+         "chat_template.*", "additional_chat_templates/*")
 
 
 def join_processes():
@@ -1074,7 +1077,7 @@ def from_rank_0(value):
 def share_examples(examples, folder):
     """Rank 0's examples, in every process. The others map the tokens from a file in the folder."""
     path = os.path.join(folder, ".tokens.npy")
-    tokens = [x for example in examples for x in example[2:]]
+    tokens = [x for example in examples for x in example[2:5]]
     if dist.get_rank() == 0:
         np.save(path, np.concatenate(tokens))
     lengths = from_rank_0([len(x) for x in tokens])
@@ -1154,37 +1157,47 @@ def save(folder, model, tokenizer, opt, step, **origin):
         shutil.rmtree(new, ignore_errors=True)
         sys.exit(f"error: step {step} could not be saved in {folder}: {error}. The last checkpoint there is whole: "
                  "make room, and continue with --resume=True")
-    names = os.listdir(new)
-    names.remove("state.pt")
-    for name in ["state.pt", *names]:
-        target = os.path.join(folder, name)
-        if os.path.isdir(target):
-            shutil.rmtree(target)
-        os.replace(os.path.join(new, name), target)
-    os.rmdir(new)
+    for name in sorted(glob.glob("**", root_dir=new, recursive=True), key=lambda name: name != "state.pt"):
+        if os.path.isfile(os.path.join(new, name)):
+            os.replace(os.path.join(new, name), claim(folder, name))
+    shutil.rmtree(new)
+
+
+def written(folder):
+    """The files that runs have written in a directory, by the record that they keep there."""
+    record = os.path.join(folder, ".written")
+    return open(record, encoding="utf-8").read().splitlines() if os.path.exists(record) else []
+
+
+def claim(folder, name):
+    """The path of a file that a run is about to write, entered in the record, in a folder that is made if missing."""
+    path = os.path.join(folder, name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if name not in written(folder):
+        with open(os.path.join(folder, ".written"), "a", encoding="utf-8") as f:
+            f.write(name + "\n")
+    return path
 
 
 def start_log(folder, step):
     """The open log of a run, and its options.json and objective, a copy of tdpo.py. A resumed log keeps its lines up to
-    the step. A new run removes the checkpoint of the run that it replaces, so that none ever lies beside a log that is
-    not its own."""
+    the step. A new run removes the files of the run that it replaces, so that none ever lies beside a log that is not
+    its own."""
     log = ""
     if resume:
         for record in eval_imdb.read_log(folder, step):
             log += json.dumps(record) + "\n"
     else:
-        for pattern in CHECKPOINT:
-            for path in glob.glob(os.path.join(glob.escape(folder), pattern)):
-                if os.path.isdir(path):
-                    shutil.rmtree(path)
-                else:
-                    os.remove(path)
+        for path in [os.path.join(folder, name) for name in written(folder)]:
+            if os.path.isfile(path) or os.path.islink(path):
+                os.remove(path)
+        open(os.path.join(folder, ".written"), "w").close()
     options = {name: globals()[name] for name in read_knobs()}
     with open(os.path.join(os.path.dirname(__file__), "tdpo.py"), encoding="utf-8") as f:
         objective = f.read()
     # a kill leaves the old ones or the new ones, never a part
     for name, text in (("tdpo.py", objective), ("options.json", json.dumps(options, indent=1)), ("log.jsonl", log)):
-        path = os.path.join(folder, name)
+        path = claim(folder, name)
         with open(path + ".new", "w", encoding="utf-8") as f:
             f.write(text)
         os.replace(path + ".new", path)
@@ -1288,8 +1301,9 @@ def embedded_sft():
         return path
     command = ["--method=sft", f"--seed={seed}", f"--device={device}", f"--out_dir={path}-new", "--overwrite=True"]
     print("the SFT model first: python train.py " + " ".join(command), flush=True)
-    # SIGTERM ends that run, too
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    # SIGTERM and SIGHUP end that run, too
+    for number in (signal.SIGTERM, *hangup):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         done = subprocess.run([sys.executable, __file__, *command], env={**os.environ, "WORLD_SIZE": "1"})
     except KeyboardInterrupt:
@@ -1304,19 +1318,24 @@ if __name__ == "__main__":
     # -------------------------------------------------------------------------
     # set-up: options, processes, the directory, the device
     launched = time.time()
+    # nohup has its run ignore the end of the terminal
+    hangup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
     # from here on the globals above are the options of this run
     globals().update(configure(sys.argv[1:]))
     rank, world = join_processes()
     if rank == 0:
-        # one run in a directory: the lock lasts as long as this process, however it ends
         try:
             os.makedirs(out_dir, exist_ok=True)
-            lock = open(os.path.join(out_dir, ".lock"), "w")
+            lock = open(os.path.join(out_dir, ".lock"), "a")
+        except OSError as error:
+            sys.exit(f"error: --out_dir={out_dir}: {error}; name a directory that can be written")
+        # one run in a directory: the lock lasts as long as this process, however it ends
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             sys.exit(f"error: --out_dir={out_dir}: a run is at work in it; name a different directory, or wait")
         except OSError as error:
-            sys.exit(f"error: --out_dir={out_dir}: {error}; name a directory that can be written")
+            print(f"note: the file system has no locks ({error}): start no second run in {out_dir}")
     sft, task = method == "sft", data in eval_imdb.TASKS
     noun = "texts" if sft else "pairs"
     # several processes share models that rank 0 loads; with adapters each of them loads whole ones
@@ -1408,9 +1427,12 @@ if __name__ == "__main__":
             print(f"held out: {held_counts['read']} read = {len(held_out)} evaluated + {beyond} beyond --eval_pairs + "
                   f"{held_counts['left out']} left out")
         else:
-            # no prompt that is held out is trained on
-            examples, held_out = hold_out(examples)
+            # no prompt that is held out is trained on, even if it is not evaluated
+            examples, held_out = hold_out(examples, counts["read"])
             counts["held out"] = len(held_out)
+            if len(held_out) > eval_pairs:
+                print(f"note: {len(held_out) - eval_pairs} held-out {noun} beyond --eval_pairs are not evaluated")
+                held_out = held_out[:eval_pairs]
         held_prompts = {e.prompt_text: e.prompt.tolist() for e in held_out if e.prompt_text is not None}
         both = held_prompts.keys() & {example.prompt_text for example in examples}
         if both and held_rows:
@@ -1442,7 +1464,7 @@ if __name__ == "__main__":
         row_tokens = row_length
 
     # a resumed run has to find its data and its models again
-    hashes = [hash_of(x for example in examples + held_out for x in example[2:])]
+    hashes = [hash_of(x for example in examples + held_out for x in example[2:5])]
     longest = max(examples + held_out, key=lambda e: len(e.prompt) + max(len(e.chosen), len(e.rejected)))
 
     def prepared(role, m):
@@ -1504,7 +1526,7 @@ if __name__ == "__main__":
         opt = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
     max_steps = max_steps or math.ceil(epochs * len(examples) / batch_size)
 
-    origin = {"fingerprint": " ".join(hashes), "started": started}
+    origin = {"fingerprint": " ".join(hashes), "started": started, "wandb_id": state.get("wandb_id")}
     if resume and loads and state["fingerprint"] != origin["fingerprint"]:
         sys.exit(f"error: the data or the model that the run in {out_dir} began with has changed; restore it, or "
                  "start a new run with a different --out_dir")
@@ -1591,10 +1613,15 @@ if __name__ == "__main__":
         """One JSON line in the log, and on the screen the columns that a person watches."""
         log.write(json.dumps(record) + "\n")
         if rank == 0 and wandb_log:
-            wandb.log(record, step=step)
+            try:
+                wandb.log(record, step=step)
+            except Exception as error:
+                print(f"warning: wandb.log failed: {error}")
         columns = [f"{name.removeprefix('eval_')} {record[name]:>8.4g}" for name in shown if name in record]
+        # a terminal that is gone ends no run
         if columns:
-            print(f"{kind} {step:>{len(str(max_steps))}} | " + " | ".join(columns), flush=True)
+            with contextlib.suppress(OSError):
+                print(f"{kind} {step:>{len(str(max_steps))}} | " + " | ".join(columns), flush=True)
 
     @contextlib.contextmanager
     def sampling():
@@ -1633,8 +1660,7 @@ if __name__ == "__main__":
             metrics.update(scores)
             # runs of one seed have the same prefixes, so that they can be compared one by one
             if rank == 0:
-                os.makedirs(os.path.join(out_dir, "evals"), exist_ok=True)
-                with open(os.path.join(out_dir, "evals", f"{step}.jsonl"), "w", encoding="utf-8") as f:
+                with open(claim(out_dir, f"evals/{step}.jsonl"), "w", encoding="utf-8") as f:
                     f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
         record = {"eval_" + name: x for name, x in metrics.items()}
         record = {"step": step, **record, "eval_pairs": len(held_out)}
@@ -1650,26 +1676,34 @@ if __name__ == "__main__":
         # the peak of the steps and evaluations, not of what prepared them
         torch.cuda.reset_peak_memory_stats()
 
+    # W&B comes first: if it fails, the directory is as free as before
+    if rank == 0 and wandb_log:
+        try:
+            import wandb
+            options = {name: globals()[name] for name in read_knobs()}
+            run = wandb.init(project="tdpo", name=os.path.basename(out_dir), config=options, dir=out_dir,
+                             id=origin["wandb_id"], resume="allow")
+            origin["wandb_id"] = run.id
+        except Exception as error:
+            sys.exit(f"error: --wandb_log=True: {' '.join(str(error).split())}")
+
     # the log, and prompts for sample.py
     log = open(os.devnull, "w")
     if rank == 0:
         log = start_log(out_dir, step)
     if rank == 0 and held_prompts:
-        with open(os.path.join(out_dir, "prompts.jsonl"), "w", encoding="utf-8") as f:
+        with open(claim(out_dir, "prompts.jsonl"), "w", encoding="utf-8") as f:
             for prompt in held_prompts:
                 f.write(json.dumps({"prompt": prompt}) + "\n")
-    if rank == 0 and wandb_log:
-        import wandb
-        options = {name: globals()[name] for name in read_knobs()}
-        wandb.init(project="tdpo", name=os.path.basename(out_dir), config=options, dir=out_dir)
 
-    # the first SIGINT or SIGTERM lets the step finish and saves; a second one leaves at once
+    # the first of these signals lets the step finish and saves; a second one leaves at once, but SIGHUP may come twice
     signals = []
 
     def stop_after_step(number, frame):
         signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-    for number in (signal.SIGINT, signal.SIGTERM):
+        if number != signal.SIGHUP:
+            signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM, *hangup):
         signal.signal(number, stop_after_step)
 
     peak = PEAK_FLOPS.get(torch.cuda.get_device_name()) if device_type == "cuda" else None
@@ -1713,10 +1747,14 @@ if __name__ == "__main__":
             loss, some = forward(batch, counts)
             (loss * ((world if sharded else 1) / count)).backward()
             stats.append(some)
+        # a checkpoint needs a state of every parameter, also of a vision tower, which no gradient reaches
+        for p in trained:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
         # the next step's rows are laid out while the device still works on this one's
         batches = list(rows_of([examples[i] for i in batch_of(step + 1)]))
-        for p in trained:
-            if not sharded and p.grad is not None:
+        if not sharded:
+            for p in trained:
                 total(p.grad)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         metrics = means(stats, count)
@@ -1763,8 +1801,9 @@ if __name__ == "__main__":
           f"{peak_gib(device_type):.2f} GiB; {time.time() - launched:.0f} s in all")
     if rank == 0:
         try:
-            eval_imdb.draw({os.path.basename(out_dir): eval_imdb.read_log(out_dir)}, os.path.join(out_dir, "log.png"))
-            print(f"wrote {os.path.join(out_dir, 'log.png')}")
+            picture = claim(out_dir, "log.png")
+            eval_imdb.draw({os.path.basename(out_dir): eval_imdb.read_log(out_dir)}, picture)
+            print(f"wrote {picture}")
         except Exception as error:      # no matplotlib, or a backend or font that fails: the run is saved all the same
             print(f"note: there is no log.png: {error}")
     follow = f"sample.py --model={out_dir}"
@@ -1777,7 +1816,8 @@ if __name__ == "__main__":
     if world > 1:
         # exit hard: gloo's threads can abort the process during interpreter shutdown
         if rank == 0 and wandb_log:
-            wandb.finish()
+            with contextlib.suppress(Exception):
+                wandb.finish()
         if rank == 0:
             os.remove(os.path.join(out_dir, ".tokens.npy"))
         dist.destroy_process_group()
