@@ -1514,7 +1514,8 @@ def test_pairs_beyond_eval_pairs_are_counted(runs):
     """Of a prompt's twenty pairs, of which three are evaluated."""
     rows = [dict(prompt=f"the plot {n % 4}", chosen=f" was good {n}", rejected=" was bad") for n in range(80)]
     options = ["--data=" + write_lines("beyond.jsonl", rows), "--eval_pairs=3", "--max_steps=1"]
-    out = says(0, "note: 17 held-out pairs beyond --eval_pairs are not evaluated", "train.py", *on_pairs("beyond", *options))
+    said = "note: 17 held-out pairs beyond --eval_pairs are not evaluated"
+    out = says(0, said, "train.py", *on_pairs("beyond", *options))
     assert "data: 80 pairs read = 60 to train on + 20 held out + 0 left out" in out
     assert log_of("beyond")[0]["eval_pairs"] == 3
 
@@ -2788,7 +2789,7 @@ def test_what_a_run_does_not_do_is_said(runs):
     assert "--warmup_steps=20 is more than the 2 steps: the learning rate gets no higher than 1e-05 of 0.0001" in out
     assert "the loss that balances this model's experts (router_aux_loss_coef) is not part" in out
     held = sum(place < 0.1 for place in places([row["prompt"] for row in lines_of("pairs.jsonl")]))
-    assert f"data: 60 pairs read = {60 - held} to train on + {held} held out + 0 left out; 0 truncated" in out
+    assert f"data: 60 pairs read = {60 - held} to train on + {held} held out + 0 left out\n" in out
 
 
 def test_show_data_prints_what_the_model_sees(runs):

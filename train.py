@@ -47,6 +47,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import textwrap
 import time
 
 import numpy as np
@@ -201,7 +202,10 @@ def configure(argv):
     values. A mistake ends the program with one sentence and exit code 2."""
     knobs = read_knobs()
     defaults = {name: globals()[name] for name in knobs}
-    presets = "\n".join(f"{name}: {preset}" for name, preset in PRESETS.items())
+    presets = ""
+    for name, preset in PRESETS.items():
+        text = f"{name}: " + ", ".join(f"{key}={value}" for key, value in preset.items() if value != "")
+        presets += textwrap.fill(text, 100, initial_indent="  ", subsequent_indent="    ") + "\n"
     parser = argparse.ArgumentParser(usage="python train.py [--key=value ...]", description=__doc__, allow_abbrev=False,
                                      epilog=f"These defaults differ by --data and --method:\n{presets}",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -210,7 +214,7 @@ def configure(argv):
         if kind is bool:
             kind = true_or_false
         parser.add_argument("--" + name, type=kind, choices=CHOICES.get(name), metavar="", default=argparse.SUPPRESS,
-                            help=f"{comment} [{defaults[name]}]".replace("%", "%%"))
+                            help=f"{comment} [{defaults[name]}]".removesuffix(" []").replace("%", "%%"))
     given = vars(parse(parser, argv))
 
     # instead of the defaults: the presets of the task, or the options of the run that is resumed
@@ -1440,7 +1444,9 @@ if __name__ == "__main__":
         if task and not sft:
             held_prompts = {prefix: encode_prompt(tokenizer, prefix) for prefix in prefixes["test"]}
         print(f"data: {counts['read']} {noun} read = {len(examples)} to train on + {counts['held out']} held out + "
-              f"{counts['left out']} left out; {counts['truncated']} truncated ({counts['beheaded']} at the start)")
+              f"{counts['left out']} left out")
+        if counts["truncated"]:
+            print(f"note: {counts['truncated']} {noun} are truncated, {counts['beheaded']} of them at the prompt's start")
         if counts["shortened"]:
             print(f"note: {counts['shortened']} prompts end before the chat template's generation prompt does, because "
                   "finished turns do not repeat it (nor, perhaps, reasoning); --show_data shows what is left")
@@ -1617,7 +1623,7 @@ if __name__ == "__main__":
                 wandb.log(record, step=step)
             except Exception as error:
                 print(f"warning: wandb.log failed: {error}")
-        columns = [f"{name.removeprefix('eval_')} {record[name]:>8.4g}" for name in shown if name in record]
+        columns = [f"{name.removeprefix('eval_')} {record[name]:>6.3g}" for name in shown if name in record]
         # a terminal that is gone ends no run
         if columns:
             with contextlib.suppress(OSError):
@@ -1664,8 +1670,8 @@ if __name__ == "__main__":
                     f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
         record = {"eval_" + name: x for name, x in metrics.items()}
         record = {"step": step, **record, "eval_pairs": len(held_out)}
-        shown = "loss acc margin kl_w kl_l kl_gap reward reward_se sample_kl sample_rkl entropy"
-        write("eval", record, ["eval_" + name for name in shown.split()])
+        shown = ("loss", "acc", "kl_w", "kl_l", "reward", "sample_kl")
+        write("eval", record, ["eval_" + name for name in shown])
 
     # on a GPU the fullest row of the longest examples shows whether memory suffices, before anything is replaced
     if device_type == "cuda":
@@ -1787,7 +1793,7 @@ if __name__ == "__main__":
         speeds.append((record["pairs_per_s"], record["tokens_per_s"]))
         shown = []
         if step % log_interval == 0 or step == max_steps:
-            shown = "loss acc margin kl_w kl_l kl_gap grad_norm pairs_per_s mfu".split()
+            shown = ["loss", "acc", "kl_w", "kl_l", "pairs_per_s"]
         write("step", record, shown)
 
     # the end: three held-out prompts with answers, the speed without the first steps, a picture
