@@ -155,7 +155,7 @@ def load_texts(data, source):
 
 def task_prefixes(texts, tokenizer, seed, train_prefixes, eval_prefixes):
     """{"train": [...], "test": [...]}: so many beginnings of 2 to 8 tokens, each of its own review, as text."""
-    # by split and seed, whatever is drawn for the other
+    # each split has a generator of its own, so that the size of one does not change the other
     prefixes = {}
     for split, count in (("train", train_prefixes), ("test", eval_prefixes)):
         rng = random.Random(f"{seed} {split}")

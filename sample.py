@@ -69,7 +69,7 @@ def parse(parser, argv=None):
 
 
 def writable(parser, path, option="--out"):
-    """The path, if a file can be written there, so that an error comes before the work. Creates nothing."""
+    """The path, if a file can be written there, so that an error comes before the work. It is not created."""
     target = os.path.realpath(path)
     # up to a folder that exists; `create` makes the others
     folder = os.path.dirname(target)

@@ -141,7 +141,7 @@ def fused_tdpo_loss(hidden, weight, ref_hidden, ref_weight, labels, pair, chosen
         d_weight = torch.zeros_like(weight, dtype=wide) if train and weight.requires_grad else None
         found, first, begin = [], 0, 0
         while first < len(ends):
-            # a chunk: as many whole pairs as fit, at least one; a longer one goes in pieces, whose logits come twice
+            # a chunk is as many whole pairs as fit; a longer pair goes in pieces, whose logits are computed twice
             last = max(first + 1, int(torch.searchsorted(ends, begin + budget, right=True)))
             end = int(ends[last - 1])
             pieces = [slice(i, min(i + budget, end)) for i in range(begin, end, budget)]

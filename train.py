@@ -9,10 +9,11 @@
 
 Paper: Token-level Direct Preference Optimization, Zeng et al., ICML 2024, arXiv:2404.11999. The loss is in tdpo.py.
 """
-# Memory on a CPU, set up before torch is loaded. Large buffers get huge pages. The two caches of kernels of matrix
-# products, oneDNN's and torch's own, are small, because every row length has kernels of its own. glibc keeps freed
-# buffers, because fresh pages at every step would cost a third of the embedded task's time. It returns only those of
-# 32 MiB and more, such as logits: smaller buffers would break up the holes that they leave, and the heap would grow.
+# Memory on a CPU has to be set up before torch is loaded. Large buffers get huge pages. The two caches of matrix
+# kernels (oneDNN's and torch's own) are small, because every row length compiles kernels of its own. glibc keeps the
+# buffers that are freed, because fresh pages at every step would cost a third of the embedded task's time. Only buffers
+# of 32 MiB and more, such as logits, go back to the system: smaller ones would be put into the holes that they leave,
+# break these up, and the heap would grow.
 import ctypes
 import os
 import sys
@@ -832,8 +833,8 @@ def block_mask(pair, part):
 
 
 def pair_masks(pair, part, sizes):
-    """(sizes, masks, {}): `sees` for each pair, which has so many tokens, as (L, L) floats to be added to attention
-    scores: 0 if visible, else the lowest number. The dict is for the masks as the layers use them."""
+    """(sizes, masks, {}). There is one (L, L) mask for each pair of L tokens, which is added to attention scores: it is 0
+    where `sees` is true, else the lowest number. Layers keep the masks in their own dtype and shape in the dict."""
     sizes, masks = list(sizes), []
     for own_pair, own_part in zip(pair.split(sizes), part.split(sizes)):
         token = torch.arange(len(own_pair), device=pair.device)
@@ -853,15 +854,15 @@ def pair_attention(module, query, key, value, attention_mask, layout=None, scali
         raise ValueError("its attention has softcapping or sinks, which only its own implementation computes")
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    # rotary embeddings leave them in fp32 under autocast
+    # under autocast, rotary embeddings leave query and key in fp32
     query, key = query.to(value.dtype), key.to(value.dtype)
     if isinstance(layout, BlockMask):
         return flex_attention_forward(module, query, key, value, layout, scaling=scaling, **options)
 
-    # the heads that share a key and value are stacked along the tokens; the first layer makes their masks
     sizes, masks, ready = layout
     heads, kv_heads = query.shape[1], key.shape[1]
     width = query.shape[-1]
+    # the heads that share a key and value are stacked along the tokens. The first layer makes the masks for that form
     form = value.dtype, heads // kv_heads
     if form not in ready:
         ready[form] = [mask.to(value.dtype).repeat(heads // kv_heads, 1) for mask in masks]
@@ -967,7 +968,7 @@ class Adapter(torch.nn.Module):
     """A linear layer's weight W as W + 32/rank B A, of which B and A are trained (LoRA: Hu et al., arXiv:2106.09685;
     the factor makes the learning rate independent of the rank). B is 0 at first. Rank 0 is W by itself, kept in bf16.
 
-    Autocast takes a bf16 weight as it is, and rounds the sum as it does every weight. Without it both are fp32."""
+    Autocast takes a bf16 W as it is, and rounds the sum as it does every weight. Without autocast W and B A are fp32."""
     def __init__(self, weight, rank):
         super().__init__()
         self.rank = rank
@@ -1000,8 +1001,8 @@ def linear_layers(model):
 def adapt(model, rank, low):
     """Freeze a model and put adapters on the linear layers of its blocks; with rank 0 nothing of it is trained.
 
-    low: the weights of these layers become bf16: always below adapters, otherwise if that loses nothing. Embeddings and
-    norms stay in fp32. Autocast does not round those either, so its results are the same to the bit.
+    low: the weights of these layers become bf16, always if they get adapters, else only if that loses nothing.
+    Embeddings and norms stay in fp32. Autocast does not round those either, so its results are the same to the bit.
     """
     layers = linear_layers(model)
     if rank and not layers:
@@ -1037,7 +1038,7 @@ def checkpoint_blocks(model):
 # -----------------------------------------------------------------------------
 # processes and checkpoint
 
-# the same for any number of processes
+# state dicts are gathered whole, so that a checkpoint is the same for any number of processes
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 FROM_RANK_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 # what a run writes in its directory, and what would change how its model is read there
@@ -1134,14 +1135,14 @@ def save(folder, model, tokenizer, opt, step, **origin):
     weights, opt_state = get_state_dict(model, opt, options=FULL)
     if dist.is_initialized() and dist.get_rank():
         return
-    # of adapters the checkpoint has only A and B, and everybody else gets W + BA
+    # state.pt holds only A and B of adapters, the Hugging Face files hold W + BA
     merged = {name: x for name, x in weights.items() if ".parametrizations." not in name}
     for name, layer in model.named_modules():
         if parametrize.is_parametrized(layer, "weight"):
             merged[name + ".weight"] = layer.weight.detach().cpu()
     if len(merged) < len(weights):
         weights = {name: x for name, x in weights.items() if name.endswith((".0.A", ".0.B"))}
-    # gathered one by one, but a single tensor in the file
+    # tied weights are gathered as copies, and become one tensor again
     for name, source in model.all_tied_weights_keys.items():
         merged[name] = merged[source]
     new = os.path.join(folder, ".saving")
@@ -1494,7 +1495,7 @@ if __name__ == "__main__":
     model = prepared("policy", model)
     models = {"policy": model}
 
-    # the reference; weights that autocast rounds anyway take no more than bf16
+    # the reference; those of its weights that autocast rounds anyway are kept in bf16
     if not sft:
         ref = None
         if lora_rank and not ref_from:
