@@ -833,8 +833,8 @@ def block_mask(pair, part):
 
 
 def pair_masks(pair, part, sizes):
-    """(sizes, masks, {}). There is one (L, L) mask for each pair of L tokens, which is added to attention scores: it is 0
-    where `sees` is true, else the lowest number. Layers keep the masks in their own dtype and shape in the dict."""
+    """(sizes, masks, {}). Each pair of L tokens has an (L, L) mask, which is added to attention scores: it is 0 where
+    `sees` is true, else the lowest number. Layers keep the masks in their own dtype and shape in the dict."""
     sizes, masks = list(sizes), []
     for own_pair, own_part in zip(pair.split(sizes), part.split(sizes)):
         token = torch.arange(len(own_pair), device=pair.device)
@@ -968,7 +968,7 @@ class Adapter(torch.nn.Module):
     """A linear layer's weight W as W + 32/rank B A, of which B and A are trained (LoRA: Hu et al., arXiv:2106.09685;
     the factor makes the learning rate independent of the rank). B is 0 at first. Rank 0 is W by itself, kept in bf16.
 
-    Autocast takes a bf16 W as it is, and rounds the sum as it does every weight. Without autocast W and B A are fp32."""
+    Autocast takes a bf16 W as it is, and rounds the sum as it does every weight. Without autocast both are fp32."""
     def __init__(self, weight, rank):
         super().__init__()
         self.rank = rank
@@ -1447,7 +1447,7 @@ if __name__ == "__main__":
         print(f"data: {counts['read']} {noun} read = {len(examples)} to train on + {counts['held out']} held out + "
               f"{counts['left out']} left out")
         if counts["truncated"]:
-            print(f"note: {counts['truncated']} {noun} are truncated, {counts['beheaded']} of them at the prompt's start")
+            print(f"note: {counts['truncated']} {noun} are truncated, {counts['beheaded']} of them at their start")
         if counts["shortened"]:
             print(f"note: {counts['shortened']} prompts end before the chat template's generation prompt does, because "
                   "finished turns do not repeat it (nor, perhaps, reasoning); --show_data shows what is left")
