@@ -145,6 +145,11 @@ def reference_of(folder):
 # prompts
 
 
+def parse_json(text):
+    """The value of a JSON text. NaN, which is what some write for an empty cell of a table, is read as null."""
+    return json.loads(text, parse_constant=lambda name: None if name == "NaN" else float(name))
+
+
 def read_prompts(path):
     """[("FILE line N", row)] of a .jsonl file of objects with "prompt", or of a .txt file with a prompt in each line.
     Exits at a line that cannot be read."""
@@ -158,7 +163,7 @@ def read_prompts(path):
                     continue
                 row = {"prompt": line.rstrip("\n")}
                 if path.endswith(".jsonl"):
-                    row = json.loads(line)
+                    row = parse_json(line)
                 rows.append((f"{path} line {number}", row))
     except (OSError, ValueError, RecursionError) as error:
         sys.exit(f"error: cannot read {path}, line {number}: {error}")
@@ -168,15 +173,6 @@ def read_prompts(path):
 
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-
-
-def without_nulls(x):
-    """The value without its keys that are null: tables put null where a row has no value."""
-    if isinstance(x, dict):
-        return {name: without_nulls(value) for name, value in x.items() if value is not None}
-    if isinstance(x, list):
-        return [without_nulls(value) for value in x]
-    return x
 
 
 def read_message(message):
@@ -199,8 +195,8 @@ def read_message(message):
             content = "".join(parts)
     if not isinstance(content, str):
         raise ValueError(f"has a message of the {message['role']} without content, or whose content is not text")
-    # tables also put empty lists and texts into such cells
-    message = {name: x for name, x in message.items() if x not in ("", [])}
+    # templates ask whether a key is there, and tables put one of these into an empty cell
+    message = {name: x for name, x in message.items() if x not in (None, "", [])}
     return {**message, "content": content}
 
 
@@ -251,8 +247,7 @@ def prompt_text(tokenizer, place, row, as_chat=False):
 
     try:
         if isinstance(prompt, list):
-            row = without_nulls({**row, "prompt": prompt})
-            messages = [read_message(x) for x in row["prompt"]]
+            messages = [read_message(x) for x in prompt]
             if row.get("system"):
                 messages.insert(0, read_message({"role": "system", "content": row["system"]}))
             prompt = chat(tokenizer, messages, tools=row.get("tools") or None)

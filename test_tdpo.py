@@ -1356,6 +1356,56 @@ def test_every_row_is_accounted_for(capsys):
         assert apart == ("in both parts" not in capsys.readouterr().out) == (prompts > 3)
 
 
+PRINTED = ("{% for t in tools or [] %}{{ t | tojson }}{% endfor %}" + CHAT).replace(
+    "<end>", "{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}<end>")
+
+
+def test_a_null_stays_if_it_was_written_and_goes_if_a_table_put_it_there(tmp_path):
+    """In JSON lines, in a list, and in a directory, where datasets keeps arguments of several kinds as JSON."""
+    from datasets import Dataset
+
+    def call(**arguments):
+        return answer("", tool_calls=[dict(name="t", arguments=arguments)], name=None)
+    rows = [dict(prompt=turns("q"), chosen=call(town="B", day=None), rejected=answer("n"), system=None,
+                 tools=[dict(name="t", default=None)]),
+            dict(prompt=turns("q"), chosen=call(n=[1, None]), rejected=answer("n"), tools=[dict(name="t")])]
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    write_lines(tmp_path / "folder" / "a.jsonl", rows)
+    tokenizer = spelled(**dict(CHATS, template=PRINTED))
+    for source in ("folder/a.jsonl", "b.json", "folder"):
+        examples, _ = read(str(tmp_path / source), tokenizer)
+        assert [(tokenizer.decode(x.prompt), tokenizer.decode(x.chosen)) for x in examples] == [
+            ('{"name": "t", "default": null}' + ASKED, '{"name": "t", "arguments": {"town": "B", "day": null}}<end>'),
+            ('{"name": "t"}' + ASKED, '{"name": "t", "arguments": {"n": [1, null]}}<end>')], source
+    Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    first, second = read(str(tmp_path / "a.parquet"), tokenizer)[0]
+    assert tokenizer.decode(first.chosen) == '{"name": "t", "arguments": {"town": "B"}}<end>'
+    assert tokenizer.decode(second.chosen) == '{"name": "t", "arguments": {"n": [1, null]}}<end>'
+    path = write_lines(tmp_path / "c.jsonl", [dict(prompt=turns("q") + rows[0]["chosen"])])
+    ((_, row),) = sample.read_prompts(path)
+    assert '"day": null' in sample.prompt_text(tokenizer, "here", row)
+
+
+def test_nan_is_an_empty_cell_of_a_row(tmp_path):
+    """As json.dumps writes the empty cells of a table."""
+    empty = dict.fromkeys(("system", "tools", "history", "images", "messages"), math.nan)
+    for options, row in ((PLAIN, dict(prompt="q", chosen="y", rejected="n")),
+                         (CHATS, dict(prompt=turns("q"), chosen=answer("y", name=math.nan), rejected=answer("n")))):
+        path = write_lines(tmp_path / "a.jsonl", [row, dict(row, score=math.inf, **empty)])
+        assert "NaN" in open(path).read() and "Infinity" in open(path).read()
+        (tmp_path / "b.json").write_text("[" + ",".join(open(path)) + "]")
+        for source in (path, str(tmp_path / "b.json")):
+            (a, b), _ = read(source, spelled(**options))
+            assert a[1:] == b[1:] and b.where.endswith(" 2")
+        (_, a), (_, b) = sample.read_prompts(path)
+        assert len({sample.prompt_text(spelled(**options), "here", x) for x in (a, b)}) == 1 and b["score"] == math.inf
+    for name in ("prompt", "chosen", "rejected"):
+        with pytest.raises(SystemExit, match=f"1 bad rows of 1; .*has no text in '{name}'"):
+            row = {**dict(prompt="q", chosen="y", rejected="n"), name: math.nan}
+            read(write_lines(tmp_path / "a.jsonl", [row]), spelled())
+
+
 def test_bad_rows_are_counted_by_reason(tmp_path, capsys):
     good = dict(prompt="q", chosen="y", rejected="n")
     path = write_lines(tmp_path / "pairs.jsonl", [good] * 300 + ["{", "", "{}", "[]", ALIKE, ALIKE] + [good] * 6)

@@ -68,8 +68,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import chat_template_utils
 
 import eval_imdb
-from sample import (DEVICES, chat, encode_prompt, load_model, load_reference, opening, parse, read_message, stop_tokens,
-                    without_nulls)
+from sample import (DEVICES, chat, encode_prompt, load_model, load_reference, opening, parse, parse_json, read_message,
+                    stop_tokens)
 from tdpo import CHUNK_BYTES, fused_tdpo_loss
 
 # knobs: every assignment from here to the end of the knobs is an option; the comment after it is its help -------------
@@ -320,7 +320,8 @@ def read_rows(source, split="", config="", default="train"):
             table = load_dataset(path, config or None, split=split or default)
         else:
             raise ValueError("it is no .jsonl, .json, .csv or .parquet file, no directory and no hub id (owner/name)")
-        rows += [(f"{source} row {n}", row) for n, row in enumerate(table, 1)]
+        for n, row in enumerate(table, 1):
+            rows.append((f"{source} row {n}", without_fillers(row, table.features)))
     except Exception as error:      # datasets wraps the errors of its readers; the innermost one names the reason
         while error.__cause__:
             error = error.__cause__
@@ -331,6 +332,16 @@ def read_rows(source, split="", config="", default="train"):
     if not rows:
         sys.exit(f"error: {source} has no rows")
     return rows
+
+
+def without_fillers(x, feature):
+    """A value of a table without the keys that are null, with which a table fills up its rows. feature: its type in
+    datasets, of which Json holds what was written."""
+    if isinstance(x, dict) and isinstance(feature, dict):
+        return {name: without_fillers(value, feature[name]) for name, value in x.items() if value is not None}
+    if isinstance(x, list):
+        return [without_fillers(value, getattr(feature, "feature", None)) for value in x]
+    return x
 
 
 def read_text(path, kind):
@@ -354,7 +365,7 @@ def read_text(path, kind):
     # a .json file holds a list of rows, or lines
     if kind == ".json":
         try:
-            table = json.loads(content)
+            table = parse_json(content)
         except (ValueError, RecursionError):
             table = None
         if isinstance(table, dict):
@@ -367,7 +378,7 @@ def read_text(path, kind):
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8-sig"))
+            row = parse_json(line.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             row = ValueError(f"is not JSON: {error}")
         rows.append((f"{path} line {n}", row))
@@ -528,7 +539,7 @@ def render(row, tokenizer):
         raise ValueError("is not a JSON object")
 
     # the columns that are read, {name: text or messages}, the prompt first
-    row = without_nulls(row)
+    row = {name: value for name, value in row.items() if value is not None}
     names = ["chosen", "rejected"]
     if method == "sft":
         names = [name for name in ("chosen", "completion", "messages", "text") if name in row][:1] or ["chosen"]
