@@ -42,12 +42,16 @@ if hasattr(sys.stdout, "reconfigure"):
 
 
 def parse(parser, argv=None):
-    """argparse's options. The error for an unknown option names the option that is nearest to it."""
+    """argparse's options, with ~ expanded. The error for an unknown option names the option that is nearest to it."""
     options, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
         near = difflib.get_close_matches(name, parser._option_string_actions, 1, 0)
         parser.error(f"unknown option {name}; did you mean {near[0]}? --help lists them all")
+    # shells leave a ~ after = as it is; an option may name several paths
+    for name, value in vars(options).items():
+        if isinstance(value, str) and name != "prompt":
+            setattr(options, name, ",".join(map(os.path.expanduser, value.split(","))))
     return options
 
 
@@ -131,14 +135,18 @@ def load_reference(path, model, tokenizer):
 
 
 def reference_of(folder):
-    """The path of the reference that the run in folder was trained against, or "" if there is none."""
+    """The path of the reference that the run in folder was trained against, or "" if there is none or it is gone."""
     path = os.path.join(folder, "options.json")
     if not os.path.exists(path):
         return ""
     run = json.load(open(path, encoding="utf-8"))
     if not isinstance(run, dict) or run.get("method", "sft") == "sft":
         return ""
-    return run.get("ref_from") or run.get("init_from", "")
+    reference = run.get("ref_from") or run.get("init_from", "")
+    if os.path.isabs(reference) and not os.path.isdir(reference):
+        print(f"note: the reference {reference} is gone; --ref=DIR names it if it was moved")
+        return ""
+    return reference
 
 
 # -----------------------------------------------------------------------------
@@ -289,6 +297,19 @@ def printable(text):
     return shown
 
 
+def positions_of(model):
+    """The number of tokens that a text may have at most."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
+def rope_border(model):
+    """The length beyond which a text changes the frequencies (LongRoPE) of all texts in a pass, or infinity."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return rope["original_max_position_embeddings"]
+    return float("inf")
+
+
 @torch.no_grad()
 def generate(model, tokenizer, prompts, max_new_tokens, num_samples=1, temperature=1.0, top_p=1.0, seed=0):
     """num_samples responses to each prompt (a list of token ids): lists of token ids, with EOS if it was drawn.
@@ -307,10 +328,7 @@ def generate(model, tokenizer, prompts, max_new_tokens, num_samples=1, temperatu
         sys.exit(f"error: a prompt has the token {highest}, but the model knows only {known} tokens; leave it out")
 
     # every prompt num_samples times; the longest go first, so that memory runs out at once if at all
-    positions = getattr(model.config, "max_position_embeddings", None) or 1 << 30
-    longest = max(map(len, prompts), default=0)
-    if longest >= positions:
-        sys.exit(f"error: a prompt of {longest} tokens leaves no room for a response within {positions} positions")
+    positions = positions_of(model)
     order = list(range(len(prompts))) * num_samples
     order.sort(key=lambda i: len(prompts[i]))
     responses = [[] for _ in prompts]
@@ -443,7 +461,7 @@ def ratio_mean(values, weights, groups):
 def sampling_options(parser):
     """The values of the parser's options and of those that sampling takes."""
     parser.add_argument("--model", required=True, help="checkpoint directory or hub id")
-    parser.add_argument("--ref", default="", help="reference; by default the one that --model was trained against")
+    parser.add_argument("--ref", help="reference, or nothing; by default the one that --model was trained against")
     parser.add_argument("--prompts", default="", help=".jsonl or .txt; by default those that the run held out")
     parser.add_argument("--prompt", help="one prompt")
     parser.add_argument("--chat", action="store_true", help="render prompts that are text with the chat template, too")
@@ -467,6 +485,8 @@ def sampling_options(parser):
     ):
         if fails:
             parser.error(message)
+    if args.ref is None:
+        args.ref = reference_of(args.model)
     return args
 
 
@@ -483,11 +503,16 @@ def set_up(args):
         print("note: prompts that are text are used as they are; --chat renders them with the model's chat template")
 
     ref = None
-    path = args.ref or reference_of(args.model)
-    if path:
-        ref = load_reference(path, model, tokenizer)
-    # a prompt that comes twice is one prompt
-    return model, tokenizer, ref, list(dict.fromkeys(texts))
+    if args.ref:
+        ref = load_reference(args.ref, model, tokenizer)
+    # a prompt that comes twice is one prompt, and one that is too long does not stop the others
+    texts, room = dict.fromkeys(texts), positions_of(model)
+    fitting = [text for text in texts if len(encode_prompt(tokenizer, text)) < room]
+    if len(fitting) < len(texts):
+        print(f"note: {len(fitting)} of {len(texts)} prompts leave room for a response within {room} positions")
+    if not fitting:
+        sys.exit("error: no prompt is left")
+    return model, tokenizer, ref, fitting
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 TDPO_KILLS=20 kills a run more often, TDPO_RUNS=100 starts more runs under torchrun, and TDPO_STEPS=500 watches the
 memory of a run for longer.
 """
+import argparse
 import contextlib
 import copy
 import datetime
@@ -1917,7 +1918,84 @@ def test_sample_measures_reference_and_policy(runs):
         says(0, f"over {count} prompts", "sample.py", "--model=model", option, "--max_new_tokens=5")
         assert len(lines_of("model/samples.jsonl")) == count
     says(2, "not a run that held out prompts", "sample.py", "--model=model")
-    says(1, "a prompt of 200 tokens leaves no room", "sample.py", "--model=model", "--prompt=" + "the " * 200)
+    said = "note: 0 of 1 prompts leave room for a response within 128 positions\nerror: no prompt is left\n"
+    says(1, said, "sample.py", "--model=model", "--prompt=" + "the " * 200)
+
+
+def test_a_prompt_that_is_too_long_does_not_stop_the_others(runs):
+    """Neither among those that a run held out, which were cut for training, nor among those of a file."""
+    rows = lines_of("pairs.jsonl")[:3]
+    rows[1]["prompt"] += " the" * 200
+    write_lines("long.jsonl", rows)
+    trained("long", "--max_steps=1", "--eval_data=long.jsonl")
+    for options in ([], ["--prompts=long.jsonl"]):
+        says(0, "note: 2 of 3 prompts leave room(.|\n)*over 2 prompts", "sample.py", "--model=long", *options,
+             "--max_new_tokens=3", "--out=long-samples.jsonl")
+        assert len(lines_of("long-samples.jsonl")) == 4
+        assert {row["prompt"] for row in lines_of("long-samples.jsonl")} == {rows[n]["prompt"] for n in (0, 2)}
+
+
+def test_a_run_is_used_from_elsewhere_and_after_it_was_moved(runs, tmp_path):
+    for name in ("sft", "pairs.jsonl"):
+        (shutil.copytree if os.path.isdir(name) else shutil.copy)(name, tmp_path / name)
+    (tmp_path / "elsewhere" / "sft").mkdir(parents=True)
+    with contextlib.chdir(tmp_path):
+        trained("run", "--max_steps=1", "--eval_data=p*.jsonl", "--ref_from=sft")
+    sampled = "--model=../run", "--num_prompts=2", "--max_new_tokens=3", "--out=x.jsonl"
+    with contextlib.chdir(tmp_path / "elsewhere"):
+        says(0, "reference +.*\npolicy .* kl ", "sample.py", *sampled)
+        out = says(0, "policy ", "sample.py", *sampled, "--ref=")
+        assert "reference" not in out and " kl 0" not in out
+        resumed("../run", "--max_steps=2")
+
+        # its models and data are in a different place now, and a model that is not the reference in this one
+        os.rename(tmp_path / "sft", tmp_path / "moved")
+        os.rename(tmp_path / "pairs.jsonl", tmp_path / "moved.jsonl")
+        out = says(0, f"note: the reference {tmp_path}/sft is gone; --ref=DIR(.|\n)*policy ", "sample.py", *sampled)
+        assert "reference  " not in out
+        says(0, "reference +.*\npolicy .* kl ", "sample.py", *sampled, "--ref=../moved")
+        says(1, f"cannot load {tmp_path}/sft.*not a local directory", "train.py", "--resume=True", "--out_dir=../run",
+             "--max_steps=3")
+        places = ["--init_from=../moved", "--ref_from=../moved", "--data=../moved.jsonl", "--eval_data=../moved.jsonl"]
+        resumed("../run", "--max_steps=3", *places)
+        # what lies there has to be the same
+        write_lines("other.jsonl", lines_of("../moved.jsonl")[1:])
+        says(1, "the data or the model that the run in ../run began with has changed", "train.py", "--resume=True",
+             "--out_dir=../run", "--max_steps=4", *places[:2], "--data=other.jsonl")
+    assert steps_of(str(tmp_path / "run"))[-1]["step"] == 3
+
+
+def test_the_embedded_tasks_model_is_found_from_elsewhere(runs, tmp_path):
+    """Its name is none of a user's options."""
+    shutil.copytree("sft", tmp_path / "reviews-sft-1")
+    with contextlib.chdir(tmp_path):
+        says(0, "saved run", "train.py", "--out_dir=run", "--train_prefixes=48", "--eval_prefixes=2", "--max_steps=1")
+    assert sample.reference_of(str(tmp_path / "run")) == str(tmp_path / "reviews-sft-1")
+
+
+def test_a_tilde_is_the_home_directory_in_every_path(runs, monkeypatch):
+    home = os.path.abspath("home")
+    monkeypatch.setenv("HOME", home)
+    os.makedirs("home/rows")
+    shutil.copytree("sft", "home/sft")
+    shutil.copy("pairs.jsonl", "home/rows/pairs.jsonl")
+    places = dict(init_from="sft", ref_from="sft", data="rows/*.jsonl", eval_data="rows/pairs.jsonl", out_dir="a/run")
+    options = [f"--{name}=~/{value}" for name, value in places.items()]
+    for name, value in places.items():
+        assert train.configure(options)[name] == f"{home}/{value}"
+    tasks = train.configure(["--data=imdb", "--texts=~/rows/pairs.jsonl", "--reward=~/sft", "--init_from=x"])
+    assert (tasks["texts"], tasks["reward"]) == (f"{home}/rows/pairs.jsonl", home + "/sft")
+    environ = dict(HOME=home)
+    says(0, f"saved {home}/a/run", "train.py", *on_pairs("x", "--max_steps=1"), *options, environ=environ)
+    says(0, "wrote .*/home/x/y.jsonl", "sample.py", "--model=~/a/run", "--ref=~/sft", "--prompts=~/a/run/prompts.jsonl",
+         "--max_new_tokens=3", "--out=~/x/y.jsonl", environ=environ)
+    says(0, "home/a/run [|](.|\n)*home/sft [|]", "eval_imdb.py", "--runs=~/a/run,~/sft", "--out=~/z/figure.png",
+         environ=environ)
+    assert not os.path.exists("~") and os.path.exists("home/a/run/state.pt") and os.path.exists("home/x/y.jsonl")
+    # a prompt is no path
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--prompt")
+    assert sample.parse(parser, ["--prompt=~/a"]).prompt == "~/a"
 
 
 
@@ -2352,7 +2430,7 @@ FILES = [       # (lines of pairs.jsonl, further options, what the message says)
     ([GOOD], "--data=nowhere.jsonl", "cannot read nowhere.jsonl"),
     ([GOOD], "--init_from=nobody/nothing", "cannot load nobody/nothing.*--data=reviews"),
     ([GOOD], "--init_from=no-tokenizer", "no-tokenizer"),
-    ([GOOD], "--init_from=remote-code", "cannot load remote-code"),
+    ([GOOD], "--init_from=remote-code", "cannot load .*/remote-code"),
     ([GOOD], "--init_from=fewer-rows", "a token that the model does not know: .* of 61"),
     ([GOOD], "--init_from=adapter", "adapter is an adapter, not a whole model: load it on some/base with"),
     ([GOOD], "--init_from=nan-weights", "nan-weights: its weights are not finite: transformer.wte.weight"),

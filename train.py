@@ -68,8 +68,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import chat_template_utils
 
 import eval_imdb
-from sample import (DEVICES, chat, encode_prompt, load_model, load_reference, opening, parse, parse_json, read_message,
-                    stop_tokens)
+from sample import (DEVICES, chat, encode_prompt, load_model, load_reference, opening, parse, parse_json, positions_of,
+                    read_message, stop_tokens)
 from tdpo import CHUNK_BYTES, fused_tdpo_loss
 
 # knobs: every assignment from here to the end of the knobs is an option; the comment after it is its help -------------
@@ -151,9 +151,11 @@ PRESETS = {
     "imdb": {"init_from": "insub/gpt2-large-IMDb-fine-tuned", "max_length": 128, "max_prompt_length": 32},
     "imdb sft": {"init_from": "gpt2-large", "learning_rate": 1e-5},
 }
-# a resumed run may change these
-CHANGEABLE = ("resume", "overwrite", "max_steps", "eval_interval", "save_interval", "log_interval", "wandb_log",
-              "micro_tokens", "checkpoint_activations", "device", "compile", "out_dir")
+# where files and models lie
+PLACES = ("data", "eval_data", "init_from", "ref_from", "texts", "reward")
+# a resumed run may change these; what lies in its places has to be the same
+CHANGEABLE = (*PLACES, "resume", "overwrite", "max_steps", "eval_interval", "save_interval", "log_interval",
+              "wandb_log", "micro_tokens", "checkpoint_activations", "device", "compile", "out_dir")
 
 
 def read_knobs():
@@ -227,6 +229,11 @@ def configure(argv):
         base.update(resume=True, overwrite=False)
         changed = [name for name in given if name not in CHANGEABLE and given[name] != base[name]]
     c = argparse.Namespace(**{**defaults, **base, **given, "out_dir": folder})
+    # absolute paths hold in any folder
+    for name in PLACES:
+        value = getattr(c, name)
+        if value not in ("reviews", "imdb", "hh", "scratch", "exact") and (os.path.exists(value) or glob.glob(value)):
+            setattr(c, name, os.path.abspath(value))
 
     # options that would be ignored: whether this run reads them
     task, sft = c.data in eval_imdb.TASKS, c.method == "sft"
@@ -286,14 +293,13 @@ def read_rows(source, split="", config="", default="train"):
     """[(where, row)] of .jsonl, .json, .csv (also .gz) or .parquet files (with * in a name: of several), of a directory
     that datasets knows, or of a hub dataset, whose split is `default` if none is named. A row that cannot be read is a
     ValueError, which says why. If the source cannot be read, the program ends with one sentence."""
-    path = os.path.expanduser(source)
-    kind = os.path.splitext(path.lower().removesuffix(".gz"))[1]
-    files = [path]
-    if not os.path.exists(path):
-        files = sorted(glob.glob(path, recursive=True)) or files
+    kind = os.path.splitext(source.lower().removesuffix(".gz"))[1]
+    files = [source]
+    if not os.path.exists(source):
+        files = sorted(glob.glob(source, recursive=True)) or files
     rows = []
     try:
-        saved = os.path.exists(os.path.join(path, "state.json"))
+        saved = os.path.exists(os.path.join(source, "state.json"))
         if (split or config) and (saved or kind in KINDS):
             raise ValueError("it has no splits: leave out --data_split, --eval_split and --data_config, and name files")
         # the import of datasets takes seconds, and text files do not need it
@@ -308,16 +314,16 @@ def read_rows(source, split="", config="", default="train"):
             for file in files:
                 rows += read_text(file, kind)
         elif saved:
-            table = load_from_disk(path)
-        elif os.path.exists(os.path.join(path, "dataset_dict.json")):
-            tables = load_from_disk(path)
+            table = load_from_disk(source)
+        elif os.path.exists(os.path.join(source, "dataset_dict.json")):
+            tables = load_from_disk(source)
             if (split or default) not in tables:
                 raise ValueError(f'Unknown split "{split or default}". Should be one of {list(tables)}.')
             table = tables[split or default]
-        elif glob.glob(glob.escape(path) + "/*.csv"):
+        elif glob.glob(glob.escape(source) + "/*.csv"):
             raise ValueError(f"of a directory with .csv files, name the files: {source}/*.csv")
-        elif os.path.isdir(path) or re.fullmatch(r"[\w-]+/[\w.-]+", source):
-            table = load_dataset(path, config or None, split=split or default)
+        elif os.path.isdir(source) or re.fullmatch(r"[\w-]+/[\w.-]+", source):
+            table = load_dataset(source, config or None, split=split or default)
         else:
             raise ValueError("it is no .jsonl, .json, .csv or .parquet file, no directory and no hub id (owner/name)")
         for n, row in enumerate(table, 1):
@@ -1197,7 +1203,7 @@ def peak_gib(device):
 def embedded_sft():
     """The directory of the embedded task's SFT model. If it is not there, this same file trains it, and gives it its
     name when it is done."""
-    path = os.path.join(os.path.dirname(out_dir), f"reviews-sft-{seed}")
+    path = os.path.abspath(os.path.join(os.path.dirname(out_dir), f"reviews-sft-{seed}"))
     if os.path.exists(path):
         return path
     command = ["--method=sft", f"--seed={seed}", f"--device={device}", f"--out_dir={path}-new", "--overwrite=True"]
@@ -1276,7 +1282,7 @@ if __name__ == "__main__":
         model, tokenizer = eval_imdb.scratch_model(seed)
     else:
         model, tokenizer = load_model(init_from)
-    positions = getattr(model.config, "max_position_embeddings", None) or max_length
+    positions = positions_of(model)
     if max_length > positions:
         sys.exit(f"error: --max_length={max_length} is more than the {positions} positions of {init_from}; lower it")
     if tokenizer.eos_token_id is None:
