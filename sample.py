@@ -107,7 +107,8 @@ def load_model(path, device="cpu", cls=AutoModelForCausalLM):
         hint = ""
         if not os.path.isdir(path):
             hint = " (this is not a local directory; without the hub name one, or use --data=reviews)"
-        sys.exit(f"error: cannot load {path}: {type(error).__name__} {error}{hint}".replace("\n", " "))
+        reason = str(error).split("\nModel type should be")[0]      # one of 200 classes
+        sys.exit(f"error: cannot load {path}: {type(error).__name__} {reason}{hint}".replace("\n", " "))
 
     # transformers fills in missing weights at random, and makes an empty tokenizer if a directory has none
     kind = type(model).__name__
@@ -348,8 +349,8 @@ def generate(model, tokenizer, prompts, max_new_tokens, num_samples=1, temperatu
             # a batch of prompts, padded on the left
             width = len(prompts[order[-1]])
             count = max(1, min(512, 2**15 // (width + max_new_tokens)))
-            # the longest prompt bounds the responses of its batch, which must not depend on their neighbours
-            if width + max_new_tokens > positions:
+            # near a bound the longest prompt decides for its batch, but responses must not depend on their neighbours
+            if width + max_new_tokens > min(positions, rope_border(model)):
                 count = min(count, sum(len(prompts[i]) == width for i in order))
             batch, order = order[-count:], order[:-count]
             ids = [torch.tensor(prompts[i]) for i in batch]
@@ -394,28 +395,32 @@ def measure(model, ref, prompts, responses):
     """
     # entries of the vocabulary that only one of the two models has are padding
     vocabulary = min(len(m.get_output_embeddings().weight) for m in (model, ref) if m is not None)
-    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
+    lengths = [len(prompt) + len(response) - 1 for prompt, response in zip(prompts, responses)]
+    border = min(rope_border(m) for m in (model, ref) if m is not None)
     order = sorted(range(len(prompts)), key=lambda i: lengths[i])
     result = [None] * len(prompts)
     with tqdm(total=len(order), desc="measuring", leave=False, disable=None) as bar:
         while order:
             # the longest first, in batches of bounded logits; padding after a text changes nothing before it
-            count = max(1, min(256, 2**26 // (lengths[order[-1]] * vocabulary)))
+            longest = lengths[order[-1]]
+            count = max(1, min(256, 2**26 // (longest * vocabulary)))
+            if longest > border:
+                count = 1
             batch, order = order[-count:], order[:-count]
-            ids = [torch.tensor(prompts[i] + responses[i]) for i in batch]
-            labels = [torch.tensor([-100] * len(prompts[i]) + responses[i]) for i in batch]
+            # the last token is only a label
+            ids = [torch.tensor(prompts[i] + responses[i][:-1]) for i in batch]
+            labels = [torch.tensor([-100] * (len(prompts[i]) - 1) + responses[i]) for i in batch]
             ids = pad_sequence(ids, True).to(model.device)
             labels = pad_sequence(labels, True, -100).to(model.device)
 
-            # logits at t predict token t + 1
-            response = labels[:, 1:] != -100
-            logits = model(ids, use_cache=False).logits[:, :-1, :vocabulary][response]
+            response = labels != -100
+            logits = model(ids, use_cache=False).logits[..., :vocabulary][response]
             ref_logits = logits
             if ref is not None:
-                ref_logits = ref(ids, use_cache=False).logits[:, :-1, :vocabulary][response]
+                ref_logits = ref(ids, use_cache=False).logits[..., :vocabulary][response]
             # compiled even if the caller forbids it for sampling, because here it saves most of the time
             with torch.compiler.set_stance("default"):
-                columns = elementwise(token_measures, logits, ref_logits, labels[:, 1:][response])
+                columns = elementwise(token_measures, logits, ref_logits, labels[response])
 
             # split the batch's tokens into those of each response
             for name, column in columns.items():

@@ -785,6 +785,8 @@ def test_a_pass_on_a_gpu_that_is_not_there(name, eager_flex, cuda_autocast, monk
 
 LONGEST = max(len(e.prompt) + max(len(e.chosen), len(e.rejected)) - 1 for e in examples_of())
 GEMMA = dict(**SIZES, **GROUPS, head_dim=8)
+VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=28,
+              patch_size=14)
 SOFTCAPS = dict(final_logit_softcapping=None, attn_logit_softcapping=None)
 REFUSED = {
     "its logit_scale": hf.CohereConfig(**SIZES, **MIDDLE, logit_scale=0.5),
@@ -799,13 +801,14 @@ REFUSED = {
 SERVED = {
     **REGISTERED,
     "gemma3": hf.Gemma3TextConfig(**GEMMA),
+    "gemma3 with images": hf.Gemma3Config(text_config=dict(GEMMA), vision_config=dict(VISION)),
     "mistral": hf.MistralConfig(**SIZES, **GROUPS, sliding_window=LONGEST),
 }
 
 
-def packing_error(model, examples=examples_of()):
+def packing_error(model, examples=examples_of(), **options):
     model.set_attn_implementation("pair_attention")
-    return train.packing_error(model, examples)
+    return train.packing_error(model, examples, **options)
 
 
 @pytest.mark.parametrize("said", REFUSED)
@@ -815,7 +818,54 @@ def test_models_that_rows_cannot_serve_are_refused(said):
 
 @pytest.mark.parametrize("name", SERVED)
 def test_models_that_rows_can_serve_are_not_refused(name):
-    assert packing_error(tiny(SERVED[name])) == ""
+    model = tiny(SERVED[name])
+    assert packing_error(model) == "" and sample.positions_of(model) == 128
+
+
+@pytest.fixture
+def longrope():
+    """Two models that take other frequencies in a pass that has a text of more than 16 tokens."""
+    rope = dict(rope_type="longrope", rope_theta=1e4, factor=8.0, short_factor=[1.0, 1.0, 1.1, 1.2],
+                long_factor=[1.5, 3.0, 9.0, 30.0], original_max_position_embeddings=16)
+    config = hf.Phi3Config(**SIZES, **GROUPS, pad_token_id=0, original_max_position_embeddings=16, rope_parameters=rope)
+    return [tiny(config, seed) for seed in (0, 1)]
+
+
+def test_rows_hold_sequences_of_one_side_of_a_longrope_border(longrope):
+    """The border itself is a length of the short side. Of a response all but the last token is read."""
+    at, beyond, far, split = [example_of([5] * 10, [6] * a, [7] * b) for a, b in ((7, 3), (8, 9), (9, 20), (3, 20))]
+    for examples, shortest, fits in (([at, at], 12, True), ([beyond, far], 17, True), ([beyond, far], 16, False),
+                                     ([at, far], 12, False), ([far, at], 12, False), ([split, split], 12, False)):
+        found = packing_error(longrope[0], examples, shortest=shortest)
+        assert found.startswith("its LongRoPE gives") != fits and (found == "") == fits
+
+
+def test_data_on_both_sides_of_a_longrope_border_are_refused_in_any_order(runs, longrope):
+    config = copy.deepcopy(longrope[0].config)
+    config.vocab_size = 163
+    tiny(config).save_pretrained("long-rope")
+    AutoTokenizer.from_pretrained("sft").save_pretrained("long-rope")
+    short, long = dict(prompt="the plot", chosen=" was warm", rejected=" was dull"), lines_of("pairs.jsonl")
+    assert all(len((row["prompt"] + row[side]).split()) > 16 for row in long for side in ("chosen", "rejected"))
+    for name, rows, fits in (("first", [short, *long], False), ("last", [*long, short], False), ("none", long, True)):
+        data = write_lines(f"long-{name}.jsonl", rows)
+        says(1 - fits, "saved" if fits else "in packed rows: its LongRoPE gives", "train.py", *on_pairs(
+            f"long-{name}", f"--data={data}", "--init_from=long-rope", "--max_steps=1"))
+
+
+def test_samples_beside_a_longer_one_are_drawn_and_measured_as_alone(longrope):
+    (model, ref), tokenizer = longrope, types.SimpleNamespace(eos_token_id=None)
+    prompts, responses = [[5, 6], [7] * 11, [8] * 30, [9] * 17], [[1, 2, 3], [4] * 6, [2, 3], [5] * 3]
+    model.generation_config.eos_token_id = None
+    stats = sample.measure(model, ref, prompts, responses)
+    for prompt, response, found in zip(prompts, responses, stats):
+        ids, n = torch.tensor([prompt + response[:-1]]), len(response)
+        p, q = (m(ids).logits[0, -n:].double().log_softmax(-1) for m in (model, ref))
+        assert found["kl"].tolist() == approx((q.exp() * (q - p)).sum(-1).tolist(), rel=1e-3)
+        assert found["surprisal"].tolist() == approx((-p[range(n), response]).tolist(), rel=1e-3)
+    # so cold that nothing is left to chance
+    together = sample.generate(model, tokenizer, prompts, 8, temperature=1e-6)
+    assert together == [sample.generate(model, tokenizer, [x], 8, temperature=1e-6)[0] for x in prompts]
 
 
 def test_a_reason_that_no_configuration_gives_is_found_by_comparison(monkeypatch):
@@ -2432,6 +2482,7 @@ FILES = [       # (lines of pairs.jsonl, further options, what the message says)
     ([GOOD], "--init_from=no-tokenizer", "no-tokenizer"),
     ([GOOD], "--init_from=remote-code", "cannot load .*/remote-code"),
     ([GOOD], "--init_from=fewer-rows", "a token that the model does not know: .* of 61"),
+    ([GOOD], "--init_from=translator", r"cannot load .*/translator: .*T5Config'> for this kind of AutoModel: \S+$"),
     ([GOOD], "--init_from=adapter", "adapter is an adapter, not a whole model: load it on some/base with"),
     ([GOOD], "--init_from=nan-weights", "nan-weights: its weights are not finite: transformer.wte.weight"),
     ([GOOD], "--ref_from=nan-weights", "nan-weights: its weights are not finite: transformer.wte.weight"),
@@ -2453,6 +2504,9 @@ def broken_models(made_once):
         tokenizer.save_pretrained("nan-weights")
         for path in glob.glob("no-tokenizer/tokenizer*"):
             os.remove(path)
+        hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=len(tokenizer), d_model=8, d_kv=4, d_ff=8, num_layers=1,
+                                                  num_heads=2)).save_pretrained("translator")
+        tokenizer.save_pretrained("translator")
         tiny("gpt2").save_pretrained("fewer-rows")
         config = copy.deepcopy(OTHERS["gpt_neo"])
         config.vocab_size = len(tokenizer)

@@ -69,7 +69,7 @@ from transformers.utils import chat_template_utils
 
 import eval_imdb
 from sample import (DEVICES, chat, encode_prompt, load_model, load_reference, opening, parse, parse_json, positions_of,
-                    read_message, stop_tokens)
+                    read_message, rope_border, stop_tokens)
 from tdpo import CHUNK_BYTES, fused_tdpo_loss
 
 # knobs: every assignment from here to the end of the knobs is an option; the comment after it is its help -------------
@@ -893,12 +893,13 @@ def sft_loss(hidden, weight, labels):
 
 
 @torch.no_grad()
-def packing_error(model, examples, row_length=0):
+def packing_error(model, examples, row_length=0, shortest=0):
     """The reason why packed rows are wrong for this model, or "" if every response token gets the logits of its own
     sequence alone.
 
     If the configuration gives the reason it is read there, because its effect on these examples may be small. The
-    comparison finds reasons that nobody has thought of. It holds logits of CHUNK_BYTES at a time.
+    comparison finds reasons that nobody has thought of. It holds logits of CHUNK_BYTES at a time. shortest: tokens of
+    the data's shortest sequence.
     """
     config = model.config.get_text_config()
     longest = max(len(e.prompt) + max(len(e.chosen), len(e.rejected)) - 1 for e in examples)
@@ -914,6 +915,11 @@ def packing_error(model, examples, row_length=0):
     for name in ("sliding_window", "attention_chunk_size"):
         if (getattr(config, name, None) or longest) < longest:
             return f"its {name} of {getattr(config, name)} tokens is shorter than a prompt and response of {longest}"
+
+    border = rope_border(model)
+    if shortest <= border < longest:
+        return (f"its LongRoPE gives a sequence of up to {border} tokens other frequencies beside a longer one: use "
+                f"--max_length={border}, or leave out the shorter ones")
 
     # one row, and every sequence by itself
     try:
@@ -1372,10 +1378,12 @@ if __name__ == "__main__":
 
     # are packed rows exact for these models? The first example and the one with the longest sequence are compared
     longest = max(examples + held_out, key=lambda e: len(e.prompt) + max(len(e.chosen), len(e.rejected)))
+    shortest = min(len(e.prompt) + len(y) - 1 for e in examples + held_out for y in (e.chosen, e.rejected) if y)
     for role, m in models.items():
         m.set_attn_implementation("pair_attention")
         # FlexAttention takes a GPU; two examples fit into two rows
-        problem = packing_error(m, [examples[0], longest], 2 * row_length if m.device.type == "cuda" else 0)
+        length = 2 * row_length if m.device.type == "cuda" else 0
+        problem = packing_error(m, [examples[0], longest], length, shortest)
         if problem:
             sys.exit(f"error: the {role} ({type(m).__name__}) cannot be trained exactly in packed rows: {problem}")
 
