@@ -52,7 +52,7 @@ from torch.autograd import grad
 from torch.nn.attention import flex_attention as flex
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import flex_attention as integration
 from transformers.pytorch_utils import Conv1D
 
@@ -2119,6 +2119,63 @@ def test_tokenizers_that_save_a_folder_are_saved(runs):
         assert AutoTokenizer.from_pretrained("folder").chat_template == tokenizer.chat_template
     assert any(map(os.path.isdir, glob.glob("folder/*")))
     assert not AutoTokenizer.from_pretrained(trained("folder", "--max_steps=1", "--overwrite=True")).chat_template
+
+
+WORDS, THETA = dict(SIZES, vocab_size=163), dict(rope_type="default", rope_theta=5e5)
+HALF, LOCAL = dict(THETA, partial_rotary_factor=0.5), dict(THETA, rope_theta=700.0)
+LLAMA3 = dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=64)
+# a configuration, its rotary embeddings as transformers 4 names them, and where they lie
+ROTARY = {
+    "llama": (hf.LlamaConfig(**WORDS, **GROUPS, rope_parameters=LLAMA3),
+              dict(rope_theta=5e5, rope_scaling={key: x for key, x in LLAMA3.items() if key != "rope_theta"}), ()),
+    "phi": (hf.PhiConfig(**WORDS, **MIDDLE, rope_parameters=HALF),
+            dict(rope_theta=5e5, partial_rotary_factor=0.5, rope_scaling=None), ()),
+    "gpt_neox": (hf.GPTNeoXConfig(**WORDS, **MIDDLE, rope_parameters=HALF),
+                 dict(rotary_emb_base=5e5, rotary_pct=0.5), ()),
+    "gemma3": (hf.Gemma3Config(vision_config=dict(VISION), text_config=dict(
+        WORDS, **GROUPS, head_dim=8, rope_parameters=dict(full_attention=THETA, sliding_attention=LOCAL))),
+        dict(rope_theta=5e5, rope_local_base_freq=700.0, rope_scaling=None), ("text_config",)),
+}
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_what_is_saved_has_the_keys_of_its_source(runs, name):
+    """A start model as transformers 4 writes it, and what transformers 5 reads of it and of the run."""
+    config, old, parts = ROTARY[name]
+    source, result = f"{name}-4", f"{name}-run"
+    tiny(config).save_pretrained(source)
+    AutoTokenizer.from_pretrained("sft").save_pretrained(source)
+
+    # of transformers 5: the run says which version is needed
+    start = [f"--init_from={source}", "--max_steps=1"]
+    said = "note: what is saved needs transformers 5"
+    assert said in says(0, "saved", "train.py", *on_pairs("of-5", *start, "--overwrite=True"))
+    written = json.load(open(f"{source}/config.json"))
+    inner = functools.reduce(dict.get, parts, written)
+    inner.update(old, rope_parameters=None)
+    del inner["rope_parameters"]
+    written["torch_dtype"] = written.pop("dtype")
+    kinds = json.load(open(f"{source}/tokenizer_config.json"))
+    kinds.update(tokenizer_class="PreTrainedTokenizerFast", additional_special_tokens=["<unk>"], add_bos_token=False)
+    for file, values in (("config.json", written), ("tokenizer_config.json", kinds)):
+        write_lines(f"{source}/{file}", [values])
+    rope = AutoConfig.from_pretrained(source).get_text_config().rope_parameters
+    assert rope == config.get_text_config().rope_parameters
+
+    # of transformers 4, in the run on it, and in one on that
+    for start, result in ((source, result), (result, result + "-2")):
+        out = says(0, "saved", "train.py", *on_pairs(result, f"--init_from={start}", "--max_steps=1"))
+        saved = json.load(open(f"{result}/config.json"))
+        assert said not in out and "torch_dtype" not in saved
+        found = functools.reduce(dict.get, parts, saved)
+        assert {key: found.get(key) for key in old} == old
+        assert AutoConfig.from_pretrained(result).get_text_config().rope_parameters == rope
+        saved = json.load(open(f"{result}/tokenizer_config.json"))
+        assert {key: saved.get(key) for key in kinds} == kinds and "extra_special_tokens" not in saved
+        a, b = [AutoTokenizer.from_pretrained(folder) for folder in (source, result)]
+        assert type(a) is type(b) and a.extra_special_tokens == b.extra_special_tokens == ["<unk>"]
+        assert a("the plot").data == b("the plot").data
 
 
 def test_an_interrupted_save_leaves_a_whole_checkpoint(runs, monkeypatch):

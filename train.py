@@ -1094,6 +1094,15 @@ def save(folder, model, tokenizer, opt, step, **origin):
         torch.save(state, os.path.join(new, "state.pt"))
         model.save_pretrained(new, state_dict=merged)
         tokenizer.save_pretrained(new)
+        # transformers 4 knows the source's keys, but neither this class nor a list by this name
+        path = os.path.join(new, "tokenizer_config.json")
+        config = {**json.load(open(path, encoding="utf-8")), **getattr(tokenizer, "source", {})}
+        if config["tokenizer_class"] == "TokenizersBackend":
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if isinstance(config.get("extra_special_tokens"), list):
+            config["additional_special_tokens"] = config.pop("extra_special_tokens")
+        with open(path, "w", encoding="utf-8") as f:
+            json.dump(config, f, indent=1)
         for path in glob.glob(glob.escape(new) + "/**", recursive=True):
             # on the disk, in case the machine fails
             if os.path.isfile(path):
@@ -1463,6 +1472,9 @@ if __name__ == "__main__":
               f"higher than {learning_rate * max_steps / warmup_steps:.2g} of {learning_rate:g}")
     if getattr(model.config.get_text_config(), "router_aux_loss_coef", None):
         print("note: the loss that balances this model's experts (router_aux_loss_coef) is not part of the objective")
+    keys = getattr(model, "source", {}).keys()
+    if "rope_parameters" in keys and not keys & {"rope_theta", "rotary_emb_base"}:
+        print("note: what is saved needs transformers 5, as the start model does: 4 misreads its rotary embeddings")
 
     # -------------------------------------------------------------------------
     # the loop, and first its parts
