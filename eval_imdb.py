@@ -119,15 +119,14 @@ def load_texts(data, source):
 
     # imported here, because it takes seconds and the embedded task does without
     from datasets import load_dataset
-    path = os.path.expanduser(source)
     try:
-        if os.path.isfile(path):
-            kind = "parquet" if path.endswith(".parquet") else "json"
-            rows = load_dataset(kind, data_files=glob.escape(path), split="train")
+        if os.path.isfile(source):
+            kind = "parquet" if source.endswith(".parquet") else "json"
+            rows = load_dataset(kind, data_files=glob.escape(source), split="train")
         else:
             rows = []
             for split in ("train", "test"):
-                rows += [{**row, "split": split} for row in load_dataset(path, split=split)]
+                rows += [{**row, "split": split} for row in load_dataset(source, split=split)]
     except Exception as error:
         # datasets wraps what its readers raise, and the innermost error says what is wrong
         while error.__cause__:

@@ -24,7 +24,8 @@ import transformers
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from tdpo import elementwise, token_stats
 
@@ -55,12 +56,16 @@ sys.excepthook = explain
 
 
 def parse(parser, argv=None):
-    """argparse's options. The error for an unknown option names the option that is nearest to it."""
+    """argparse's options, with ~ expanded. The error for an unknown option names the option that is nearest to it."""
     options, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
         near = difflib.get_close_matches(name, parser._option_string_actions, 1, 0)
         parser.error(f"unknown option {name}; did you mean {near[0]}? --help lists them all")
+    # shells leave a ~ after = as it is; an option may name several paths
+    for name, value in vars(options).items():
+        if isinstance(value, str) and name != "prompt":
+            setattr(options, name, ",".join(map(os.path.expanduser, value.split(","))))
     return options
 
 
@@ -116,7 +121,8 @@ def load_model(path, device="cpu", cls=AutoModelForCausalLM):
         hint = ""
         if not os.path.isdir(path):
             hint = " (this is not a local directory; without the hub name one, or use --data=reviews)"
-        sys.exit(f"error: cannot load {path}: {type(error).__name__} {error}{hint}".replace("\n", " "))
+        reason = str(error).split("\nModel type should be")[0]      # one of 200 classes
+        sys.exit(f"error: cannot load {path}: {type(error).__name__} {reason}{hint}".replace("\n", " "))
 
     # transformers fills in missing weights at random, and makes an empty tokenizer if a directory has none
     kind = type(model).__name__
@@ -131,6 +137,13 @@ def load_model(path, device="cpu", cls=AutoModelForCausalLM):
     for name, p in model.named_parameters():
         if not p.isfinite().all():
             sys.exit(f"error: {path}: its weights are not finite: {name} has NaN or infinite values; get a sound copy")
+    # a run saves the keys of its source, too, for transformers 4 (vLLM, lm-eval), which knows rotary embeddings by them
+    tokenizer.source = get_tokenizer_config(path)
+    config = PreTrainedConfig.get_config_dict(path)[0]
+    model.source = config.get("text_config", config)
+    for name, value in model.source.items():
+        if "rope" in name or "rotary" in name:
+            vars(model.config.get_text_config()).setdefault(name, value)
     return model.to(device).eval(), tokenizer
 
 
@@ -144,18 +157,27 @@ def load_reference(path, tokenizer, device="cpu"):
 
 
 def reference_of(folder):
-    """The path of the reference that the run in folder was trained against, or "" if there is none."""
+    """The path of the reference that the run in folder was trained against, or "" if there is none or it is gone."""
     path = os.path.join(folder, "options.json")
     if not os.path.exists(path):
         return ""
     run = json.load(open(path, encoding="utf-8"))
     if not isinstance(run, dict) or run.get("method", "sft") == "sft":
         return ""
-    return run.get("ref_from") or run.get("init_from", "")
+    reference = run.get("ref_from") or run.get("init_from", "")
+    if os.path.isabs(reference) and not os.path.isdir(reference):
+        print(f"note: the reference {reference} is gone; --ref=DIR names it if it was moved")
+        return ""
+    return reference
 
 
 # -----------------------------------------------------------------------------
 # prompts
+
+
+def parse_json(text):
+    """The value of a JSON text. NaN, which is what some write for an empty cell of a table, is read as null."""
+    return json.loads(text, parse_constant=lambda name: None if name == "NaN" else float(name))
 
 
 def read_prompts(path):
@@ -171,7 +193,7 @@ def read_prompts(path):
                     continue
                 row = {"prompt": line.rstrip("\n")}
                 if path.endswith(".jsonl"):
-                    row = json.loads(line)
+                    row = parse_json(line)
                 rows.append((f"{path} line {number}", row))
     except (OSError, ValueError, RecursionError) as error:
         sys.exit(f"error: cannot read {path}, line {number}: {error}")
@@ -181,15 +203,6 @@ def read_prompts(path):
 
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-
-
-def without_nulls(x):
-    """The value without its keys that are null: tables put null where a row has no value."""
-    if isinstance(x, dict):
-        return {name: without_nulls(value) for name, value in x.items() if value is not None}
-    if isinstance(x, list):
-        return [without_nulls(value) for value in x]
-    return x
 
 
 def read_message(message):
@@ -212,8 +225,8 @@ def read_message(message):
             content = "".join(parts)
     if not isinstance(content, str):
         raise ValueError(f"has a message of the {message['role']} without content, or whose content is not text")
-    # tables also put empty lists and texts into such cells
-    message = {name: x for name, x in message.items() if x not in ("", [])}
+    # templates ask whether a key is there, and tables put one of these into an empty cell
+    message = {name: x for name, x in message.items() if x not in (None, "", [])}
     return {**message, "content": content}
 
 
@@ -269,8 +282,7 @@ def prompt_text(tokenizer, place, row, as_chat=False):
 
     try:
         if isinstance(prompt, list):
-            row = without_nulls({**row, "prompt": prompt})
-            messages = [read_message(x) for x in row["prompt"]]
+            messages = [read_message(x) for x in prompt]
             if row.get("system"):
                 messages.insert(0, read_message({"role": "system", "content": row["system"]}))
             prompt = chat(tokenizer, messages, tools=row.get("tools") or None)
@@ -312,6 +324,19 @@ def printable(text):
     return shown
 
 
+def positions_of(model):
+    """The number of tokens that a text may have at most."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
+def rope_border(model):
+    """The length beyond which a text changes the frequencies (LongRoPE) of all texts in a pass, or infinity."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return rope["original_max_position_embeddings"]
+    return float("inf")
+
+
 @torch.no_grad()
 def generate(model, tokenizer, prompts, max_new_tokens, num_samples=1, temperature=1.0, top_p=1.0, seed=0):
     """num_samples responses to each prompt (a list of token ids): lists of token ids, with EOS if it was drawn.
@@ -330,10 +355,7 @@ def generate(model, tokenizer, prompts, max_new_tokens, num_samples=1, temperatu
         sys.exit(f"error: a prompt has the token {highest}, but the model knows only {known} tokens; leave it out")
 
     # every prompt num_samples times; the longest go first, so that memory runs out at once if at all
-    positions = getattr(model.config, "max_position_embeddings", None) or 1 << 30
-    longest = max(map(len, prompts), default=0)
-    if longest >= positions:
-        sys.exit(f"error: a prompt of {longest} tokens leaves no room for a response within {positions} positions")
+    positions = positions_of(model)
     order = list(range(len(prompts))) * num_samples
     order.sort(key=lambda i: len(prompts[i]))
     responses = [[] for _ in prompts]
@@ -353,8 +375,8 @@ def generate(model, tokenizer, prompts, max_new_tokens, num_samples=1, temperatu
             # a batch of prompts, padded on the left
             width = len(prompts[order[-1]])
             count = max(1, min(512, 2**15 // (width + max_new_tokens)))
-            # the longest prompt bounds the responses of its batch, which must not depend on their neighbours
-            if width + max_new_tokens > positions:
+            # near a bound the longest prompt decides for its batch, but responses must not depend on their neighbours
+            if width + max_new_tokens > min(positions, rope_border(model)):
                 count = min(count, sum(len(prompts[i]) == width for i in order))
             batch, order = order[-count:], order[:-count]
             ids = [torch.tensor(prompts[i]) for i in batch]
@@ -399,28 +421,32 @@ def measure(model, ref, prompts, responses):
     """
     # entries of the vocabulary that only one of the two models has are padding
     vocabulary = min(len(m.get_output_embeddings().weight) for m in (model, ref) if m is not None)
-    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
+    lengths = [len(prompt) + len(response) - 1 for prompt, response in zip(prompts, responses)]
+    border = min(rope_border(m) for m in (model, ref) if m is not None)
     order = sorted(range(len(prompts)), key=lambda i: lengths[i])
     result = [None] * len(prompts)
     with tqdm(total=len(order), desc="measuring", leave=False, disable=None) as bar:
         while order:
             # the longest first, in batches of bounded logits; padding after a text changes nothing before it
-            count = max(1, min(256, 2**26 // (lengths[order[-1]] * vocabulary)))
+            longest = lengths[order[-1]]
+            count = max(1, min(256, 2**26 // (longest * vocabulary)))
+            if longest > border:
+                count = 1
             batch, order = order[-count:], order[:-count]
-            ids = [torch.tensor(prompts[i] + responses[i]) for i in batch]
-            labels = [torch.tensor([-100] * len(prompts[i]) + responses[i]) for i in batch]
+            # the last token is only a label
+            ids = [torch.tensor(prompts[i] + responses[i][:-1]) for i in batch]
+            labels = [torch.tensor([-100] * (len(prompts[i]) - 1) + responses[i]) for i in batch]
             ids = pad_sequence(ids, True).to(model.device)
             labels = pad_sequence(labels, True, -100).to(model.device)
 
-            # logits at t predict token t + 1
-            response = labels[:, 1:] != -100
-            logits = model(ids, use_cache=False).logits[:, :-1, :vocabulary][response]
+            response = labels != -100
+            logits = model(ids, use_cache=False).logits[..., :vocabulary][response]
             ref_logits = logits
             if ref is not None:
-                ref_logits = ref(ids, use_cache=False).logits[:, :-1, :vocabulary][response]
+                ref_logits = ref(ids, use_cache=False).logits[..., :vocabulary][response]
             # compiled even if the caller forbids it for sampling, because here it saves most of the time
             with torch.compiler.set_stance("default"):
-                columns = elementwise(token_measures, logits, ref_logits, labels[:, 1:][response])
+                columns = elementwise(token_measures, logits, ref_logits, labels[response])
 
             # split the batch's tokens into those of each response
             for name, column in columns.items():
@@ -466,7 +492,7 @@ def ratio_mean(values, weights, groups):
 def sampling_options(parser):
     """The values of the parser's options and of those that sampling takes."""
     parser.add_argument("--model", required=True, help="checkpoint directory or hub id")
-    parser.add_argument("--ref", default="", help="reference; by default the one that --model was trained against")
+    parser.add_argument("--ref", help="reference, or nothing; by default the one that --model was trained against")
     parser.add_argument("--prompts", default="", help=".jsonl or .txt; by default those that the run held out")
     parser.add_argument("--prompt", help="one prompt")
     parser.add_argument("--chat", action="store_true", help="render prompts that are text with the chat template, too")
@@ -490,6 +516,8 @@ def sampling_options(parser):
     ):
         if fails:
             parser.error(message)
+    if args.ref is None:
+        args.ref = reference_of(args.model)
     return args
 
 
@@ -506,11 +534,16 @@ def set_up(args):
         print("note: prompts that are text are used as they are; --chat renders them with the model's chat template")
 
     ref = None
-    path = args.ref or reference_of(args.model)
-    if path:
-        ref = load_reference(path, tokenizer, model.device)
-    # a prompt that comes twice is one prompt
-    return model, tokenizer, ref, list(dict.fromkeys(texts))
+    if args.ref:
+        ref = load_reference(args.ref, tokenizer, model.device)
+    # a prompt that comes twice is one prompt, and one that is too long does not stop the others
+    texts, room = dict.fromkeys(texts), positions_of(model)
+    fitting = [text for text in texts if len(encode_prompt(tokenizer, text)) < room]
+    if len(fitting) < len(texts):
+        print(f"note: {len(fitting)} of {len(texts)} prompts leave room for a response within {room} positions")
+    if not fitting:
+        sys.exit("error: no prompt is left")
+    return model, tokenizer, ref, fitting
 
 
 if __name__ == "__main__":

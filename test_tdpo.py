@@ -4,6 +4,7 @@ without -n 2 (pytest-xdist, two processes) they take half again as long.
 TDPO_KILLS=20 kills a run more often, TDPO_RUNS=100 starts more runs under torchrun, and TDPO_STEPS=500 watches the
 memory of a run for longer.
 """
+import argparse
 import builtins
 import contextlib
 import copy
@@ -57,7 +58,7 @@ from torch.autograd import grad
 from torch.nn.attention import flex_attention as flex
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import flex_attention as integration
 from transformers.pytorch_utils import Conv1D
 
@@ -806,6 +807,8 @@ def test_a_pass_on_a_gpu_that_is_not_there(name, eager_flex, cuda_autocast, monk
 
 LONGEST = max(len(e.prompt) + max(len(e.chosen), len(e.rejected)) - 1 for e in examples_of())
 GEMMA = dict(**SIZES, **GROUPS, head_dim=8)
+VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=28,
+              patch_size=14)
 SOFTCAPS = dict(final_logit_softcapping=None, attn_logit_softcapping=None)
 REFUSED = {
     "its logit_scale": hf.CohereConfig(**SIZES, **MIDDLE, logit_scale=0.5),
@@ -820,13 +823,14 @@ REFUSED = {
 SERVED = {
     **REGISTERED,
     "gemma3": hf.Gemma3TextConfig(**GEMMA),
+    "gemma3 with images": hf.Gemma3Config(text_config=dict(GEMMA), vision_config=dict(VISION)),
     "mistral": hf.MistralConfig(**SIZES, **GROUPS, sliding_window=LONGEST),
 }
 
 
-def packing_error(model, examples=examples_of()):
+def packing_error(model, examples=examples_of(), **options):
     model.set_attn_implementation("pair_attention")
-    return train.packing_error(model, examples)
+    return train.packing_error(model, examples, **options)
 
 
 @pytest.mark.parametrize("said", REFUSED)
@@ -836,7 +840,54 @@ def test_models_that_rows_cannot_serve_are_refused(said):
 
 @pytest.mark.parametrize("name", SERVED)
 def test_models_that_rows_can_serve_are_not_refused(name):
-    assert packing_error(tiny(SERVED[name])) == ""
+    model = tiny(SERVED[name])
+    assert packing_error(model) == "" and sample.positions_of(model) == 128
+
+
+@pytest.fixture
+def longrope():
+    """Two models that take other frequencies in a pass that has a text of more than 16 tokens."""
+    rope = dict(rope_type="longrope", rope_theta=1e4, factor=8.0, short_factor=[1.0, 1.0, 1.1, 1.2],
+                long_factor=[1.5, 3.0, 9.0, 30.0], original_max_position_embeddings=16)
+    config = hf.Phi3Config(**SIZES, **GROUPS, pad_token_id=0, original_max_position_embeddings=16, rope_parameters=rope)
+    return [tiny(config, seed) for seed in (0, 1)]
+
+
+def test_rows_hold_sequences_of_one_side_of_a_longrope_border(longrope):
+    """The border itself is a length of the short side. Of a response all but the last token is read."""
+    at, beyond, far, split = [example_of([5] * 10, [6] * a, [7] * b) for a, b in ((7, 3), (8, 9), (9, 20), (3, 20))]
+    for examples, shortest, fits in (([at, at], 12, True), ([beyond, far], 17, True), ([beyond, far], 16, False),
+                                     ([at, far], 12, False), ([far, at], 12, False), ([split, split], 12, False)):
+        found = packing_error(longrope[0], examples, shortest=shortest)
+        assert found.startswith("its LongRoPE gives") != fits and (found == "") == fits
+
+
+def test_data_on_both_sides_of_a_longrope_border_are_refused_in_any_order(runs, longrope):
+    config = copy.deepcopy(longrope[0].config)
+    config.vocab_size = 163
+    tiny(config).save_pretrained("long-rope")
+    AutoTokenizer.from_pretrained("sft").save_pretrained("long-rope")
+    short, long = dict(prompt="the plot", chosen=" was warm", rejected=" was dull"), lines_of("pairs.jsonl")
+    assert all(len((row["prompt"] + row[side]).split()) > 16 for row in long for side in ("chosen", "rejected"))
+    for name, rows, fits in (("first", [short, *long], False), ("last", [*long, short], False), ("none", long, True)):
+        data = write_lines(f"long-{name}.jsonl", rows)
+        says(1 - fits, "saved" if fits else "in packed rows: its LongRoPE gives", "train.py", *on_pairs(
+            f"long-{name}", f"--data={data}", "--init_from=long-rope", "--max_steps=1"))
+
+
+def test_samples_beside_a_longer_one_are_drawn_and_measured_as_alone(longrope):
+    (model, ref), tokenizer = longrope, types.SimpleNamespace(eos_token_id=None)
+    prompts, responses = [[5, 6], [7] * 11, [8] * 30, [9] * 17], [[1, 2, 3], [4] * 6, [2, 3], [5] * 3]
+    model.generation_config.eos_token_id = None
+    stats = sample.measure(model, ref, prompts, responses)
+    for prompt, response, found in zip(prompts, responses, stats):
+        ids, n = torch.tensor([prompt + response[:-1]]), len(response)
+        p, q = (m(ids).logits[0, -n:].double().log_softmax(-1) for m in (model, ref))
+        assert found["kl"].tolist() == approx((q.exp() * (q - p)).sum(-1).tolist(), rel=1e-3)
+        assert found["surprisal"].tolist() == approx((-p[range(n), response]).tolist(), rel=1e-3)
+    # so cold that nothing is left to chance
+    together = sample.generate(model, tokenizer, prompts, 8, temperature=1e-6)
+    assert together == [sample.generate(model, tokenizer, [x], 8, temperature=1e-6)[0] for x in prompts]
 
 
 def test_a_reason_that_no_configuration_gives_is_found_by_comparison(monkeypatch):
@@ -1520,6 +1571,56 @@ def test_pairs_beyond_eval_pairs_are_counted(runs):
     assert log_of("beyond")[0]["eval_pairs"] == 3
 
 
+PRINTED = ("{% for t in tools or [] %}{{ t | tojson }}{% endfor %}" + CHAT).replace(
+    "<end>", "{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}<end>")
+
+
+def test_a_null_stays_if_it_was_written_and_goes_if_a_table_put_it_there(tmp_path):
+    """In JSON lines, in a list, and in a directory, where datasets keeps arguments of several kinds as JSON."""
+    from datasets import Dataset
+
+    def call(**arguments):
+        return answer("", tool_calls=[dict(name="t", arguments=arguments)], name=None)
+    rows = [dict(prompt=turns("q"), chosen=call(town="B", day=None), rejected=answer("n"), system=None,
+                 tools=[dict(name="t", default=None)]),
+            dict(prompt=turns("q"), chosen=call(n=[1, None]), rejected=answer("n"), tools=[dict(name="t")])]
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    write_lines(tmp_path / "folder" / "a.jsonl", rows)
+    tokenizer = spelled(**dict(CHATS, template=PRINTED))
+    for source in ("folder/a.jsonl", "b.json", "folder"):
+        examples, _ = read(str(tmp_path / source), tokenizer)
+        assert [(tokenizer.decode(x.prompt), tokenizer.decode(x.chosen)) for x in examples] == [
+            ('{"name": "t", "default": null}' + ASKED, '{"name": "t", "arguments": {"town": "B", "day": null}}<end>'),
+            ('{"name": "t"}' + ASKED, '{"name": "t", "arguments": {"n": [1, null]}}<end>')], source
+    Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    first, second = read(str(tmp_path / "a.parquet"), tokenizer)[0]
+    assert tokenizer.decode(first.chosen) == '{"name": "t", "arguments": {"town": "B"}}<end>'
+    assert tokenizer.decode(second.chosen) == '{"name": "t", "arguments": {"n": [1, null]}}<end>'
+    path = write_lines(tmp_path / "c.jsonl", [dict(prompt=turns("q") + rows[0]["chosen"])])
+    ((_, row),) = sample.read_prompts(path)
+    assert '"day": null' in sample.prompt_text(tokenizer, "here", row)
+
+
+def test_nan_is_an_empty_cell_of_a_row(tmp_path):
+    """As json.dumps writes the empty cells of a table."""
+    empty = dict.fromkeys(("system", "tools", "history", "images", "messages"), math.nan)
+    for options, row in ((PLAIN, dict(prompt="q", chosen="y", rejected="n")),
+                         (CHATS, dict(prompt=turns("q"), chosen=answer("y", name=math.nan), rejected=answer("n")))):
+        path = write_lines(tmp_path / "a.jsonl", [row, dict(row, score=math.inf, **empty)])
+        assert "NaN" in open(path).read() and "Infinity" in open(path).read()
+        (tmp_path / "b.json").write_text("[" + ",".join(open(path)) + "]")
+        for source in (path, str(tmp_path / "b.json")):
+            (a, b), _ = read(source, spelled(**options))
+            assert a[1:] == b[1:] and b.where.endswith(" 2")
+        (_, a), (_, b) = sample.read_prompts(path)
+        assert len({sample.prompt_text(spelled(**options), "here", x) for x in (a, b)}) == 1 and b["score"] == math.inf
+    for name in ("prompt", "chosen", "rejected"):
+        with pytest.raises(SystemExit, match=f"1 bad rows of 1; .*has no text in '{name}'"):
+            row = {**dict(prompt="q", chosen="y", rejected="n"), name: math.nan}
+            read(write_lines(tmp_path / "a.jsonl", [row]), spelled())
+
+
 def test_bad_rows_are_counted_by_reason(tmp_path, capsys):
     good = dict(prompt="q", chosen="y", rejected="n")
     path = write_lines(tmp_path / "pairs.jsonl", [good] * 300 + ["{", "", "{}", "[]", ALIKE, ALIKE] + [good] * 6)
@@ -2042,7 +2143,84 @@ def test_sample_measures_reference_and_policy(runs):
         says(0, f"over {count} prompts", "sample.py", "--model=model", option, "--max_new_tokens=5")
         assert len(lines_of("model/samples.jsonl")) == count
     says(2, "not a run that held out prompts", "sample.py", "--model=model")
-    says(1, "a prompt of 200 tokens leaves no room", "sample.py", "--model=model", "--prompt=" + "the " * 200)
+    said = "note: 0 of 1 prompts leave room for a response within 128 positions\nerror: no prompt is left\n"
+    says(1, said, "sample.py", "--model=model", "--prompt=" + "the " * 200)
+
+
+def test_a_prompt_that_is_too_long_does_not_stop_the_others(runs):
+    """Neither among those that a run held out, which were cut for training, nor among those of a file."""
+    rows = lines_of("pairs.jsonl")[:3]
+    rows[1]["prompt"] += " the" * 200
+    write_lines("long.jsonl", rows)
+    trained("long", "--max_steps=1", "--eval_data=long.jsonl")
+    for options in ([], ["--prompts=long.jsonl"]):
+        says(0, "note: 2 of 3 prompts leave room(.|\n)*over 2 prompts", "sample.py", "--model=long", *options,
+             "--max_new_tokens=3", "--out=long-samples.jsonl")
+        assert len(lines_of("long-samples.jsonl")) == 4
+        assert {row["prompt"] for row in lines_of("long-samples.jsonl")} == {rows[n]["prompt"] for n in (0, 2)}
+
+
+def test_a_run_is_used_from_elsewhere_and_after_it_was_moved(runs, tmp_path):
+    for name in ("sft", "pairs.jsonl"):
+        (shutil.copytree if os.path.isdir(name) else shutil.copy)(name, tmp_path / name)
+    (tmp_path / "elsewhere" / "sft").mkdir(parents=True)
+    with contextlib.chdir(tmp_path):
+        trained("run", "--max_steps=1", "--eval_data=p*.jsonl", "--ref_from=sft")
+    sampled = "--model=../run", "--num_prompts=2", "--max_new_tokens=3", "--out=x.jsonl"
+    with contextlib.chdir(tmp_path / "elsewhere"):
+        says(0, "reference +.*\npolicy .* kl ", "sample.py", *sampled)
+        out = says(0, "policy ", "sample.py", *sampled, "--ref=")
+        assert "reference" not in out and " kl 0" not in out
+        resumed("../run", "--max_steps=2")
+
+        # its models and data are in a different place now, and a model that is not the reference in this one
+        os.rename(tmp_path / "sft", tmp_path / "moved")
+        os.rename(tmp_path / "pairs.jsonl", tmp_path / "moved.jsonl")
+        out = says(0, f"note: the reference {tmp_path}/sft is gone; --ref=DIR(.|\n)*policy ", "sample.py", *sampled)
+        assert "reference  " not in out
+        says(0, "reference +.*\npolicy .* kl ", "sample.py", *sampled, "--ref=../moved")
+        says(1, f"cannot load {tmp_path}/sft.*not a local directory", "train.py", "--resume=True", "--out_dir=../run",
+             "--max_steps=3")
+        places = ["--init_from=../moved", "--ref_from=../moved", "--data=../moved.jsonl", "--eval_data=../moved.jsonl"]
+        resumed("../run", "--max_steps=3", *places)
+        # what lies there has to be the same
+        write_lines("other.jsonl", lines_of("../moved.jsonl")[1:])
+        says(1, "the data or the model that the run in ../run began with has changed", "train.py", "--resume=True",
+             "--out_dir=../run", "--max_steps=4", *places[:2], "--data=other.jsonl")
+    assert steps_of(str(tmp_path / "run"))[-1]["step"] == 3
+
+
+def test_the_embedded_tasks_model_is_found_from_elsewhere(runs, tmp_path):
+    """Its name is none of a user's options."""
+    shutil.copytree("sft", tmp_path / "reviews-sft-1")
+    with contextlib.chdir(tmp_path):
+        says(0, "saved run", "train.py", "--out_dir=run", "--train_prefixes=48", "--eval_prefixes=2", "--max_steps=1")
+    assert sample.reference_of(str(tmp_path / "run")) == str(tmp_path / "reviews-sft-1")
+
+
+def test_a_tilde_is_the_home_directory_in_every_path(runs, monkeypatch):
+    home = os.path.abspath("home")
+    monkeypatch.setenv("HOME", home)
+    os.makedirs("home/rows")
+    shutil.copytree("sft", "home/sft")
+    shutil.copy("pairs.jsonl", "home/rows/pairs.jsonl")
+    places = dict(init_from="sft", ref_from="sft", data="rows/*.jsonl", eval_data="rows/pairs.jsonl", out_dir="a/run")
+    options = [f"--{name}=~/{value}" for name, value in places.items()]
+    for name, value in places.items():
+        assert train.configure(options)[name] == f"{home}/{value}"
+    tasks = train.configure(["--data=imdb", "--texts=~/rows/pairs.jsonl", "--reward=~/sft", "--init_from=x"])
+    assert (tasks["texts"], tasks["reward"]) == (f"{home}/rows/pairs.jsonl", home + "/sft")
+    environ = dict(HOME=home)
+    says(0, f"saved {home}/a/run", "train.py", *on_pairs("x", "--max_steps=1"), *options, environ=environ)
+    says(0, "wrote .*/home/x/y.jsonl", "sample.py", "--model=~/a/run", "--ref=~/sft", "--prompts=~/a/run/prompts.jsonl",
+         "--max_new_tokens=3", "--out=~/x/y.jsonl", environ=environ)
+    says(0, "home/a/run [|](.|\n)*home/sft [|]", "eval_imdb.py", "--runs=~/a/run,~/sft", "--out=~/z/figure.png",
+         environ=environ)
+    assert not os.path.exists("~") and os.path.exists("home/a/run/state.pt") and os.path.exists("home/x/y.jsonl")
+    # a prompt is no path
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--prompt")
+    assert sample.parse(parser, ["--prompt=~/a"]).prompt == "~/a"
 
 
 
@@ -2170,6 +2348,63 @@ def test_tokenizers_that_save_a_folder_are_saved(runs):
         assert AutoTokenizer.from_pretrained("folder").chat_template == tokenizer.chat_template
     assert any(map(os.path.isdir, glob.glob("folder/*")))
     assert not AutoTokenizer.from_pretrained(trained("folder", "--max_steps=1", "--overwrite=True")).chat_template
+
+
+WORDS, THETA = dict(SIZES, vocab_size=163), dict(rope_type="default", rope_theta=5e5)
+HALF, LOCAL = dict(THETA, partial_rotary_factor=0.5), dict(THETA, rope_theta=700.0)
+LLAMA3 = dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=64)
+# a configuration, its rotary embeddings as transformers 4 names them, and where they lie
+ROTARY = {
+    "llama": (hf.LlamaConfig(**WORDS, **GROUPS, rope_parameters=LLAMA3),
+              dict(rope_theta=5e5, rope_scaling={key: x for key, x in LLAMA3.items() if key != "rope_theta"}), ()),
+    "phi": (hf.PhiConfig(**WORDS, **MIDDLE, rope_parameters=HALF),
+            dict(rope_theta=5e5, partial_rotary_factor=0.5, rope_scaling=None), ()),
+    "gpt_neox": (hf.GPTNeoXConfig(**WORDS, **MIDDLE, rope_parameters=HALF),
+                 dict(rotary_emb_base=5e5, rotary_pct=0.5), ()),
+    "gemma3": (hf.Gemma3Config(vision_config=dict(VISION), text_config=dict(
+        WORDS, **GROUPS, head_dim=8, rope_parameters=dict(full_attention=THETA, sliding_attention=LOCAL))),
+        dict(rope_theta=5e5, rope_local_base_freq=700.0, rope_scaling=None), ("text_config",)),
+}
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_what_is_saved_has_the_keys_of_its_source(runs, name):
+    """A start model as transformers 4 writes it, and what transformers 5 reads of it and of the run."""
+    config, old, parts = ROTARY[name]
+    source, result = f"{name}-4", f"{name}-run"
+    tiny(config).save_pretrained(source)
+    AutoTokenizer.from_pretrained("sft").save_pretrained(source)
+
+    # of transformers 5: the run says which version is needed
+    start = [f"--init_from={source}", "--max_steps=1"]
+    said = "note: what is saved needs transformers 5"
+    assert said in says(0, "saved", "train.py", *on_pairs("of-5", *start, "--overwrite=True"))
+    written = json.load(open(f"{source}/config.json"))
+    inner = functools.reduce(dict.get, parts, written)
+    inner.update(old, rope_parameters=None)
+    del inner["rope_parameters"]
+    written["torch_dtype"] = written.pop("dtype")
+    kinds = json.load(open(f"{source}/tokenizer_config.json"))
+    kinds.update(tokenizer_class="PreTrainedTokenizerFast", additional_special_tokens=["<unk>"], add_bos_token=False)
+    for file, values in (("config.json", written), ("tokenizer_config.json", kinds)):
+        write_lines(f"{source}/{file}", [values])
+    rope = AutoConfig.from_pretrained(source).get_text_config().rope_parameters
+    assert rope == config.get_text_config().rope_parameters
+
+    # of transformers 4, in the run on it, and in one on that
+    for start, result in ((source, result), (result, result + "-2")):
+        out = says(0, "saved", "train.py", *on_pairs(result, f"--init_from={start}", "--max_steps=1"))
+        saved = json.load(open(f"{result}/config.json"))
+        assert said not in out and "torch_dtype" not in saved
+        found = functools.reduce(dict.get, parts, saved)
+        assert {key: found.get(key) for key in old} == old
+        assert AutoConfig.from_pretrained(result).get_text_config().rope_parameters == rope
+        saved = json.load(open(f"{result}/tokenizer_config.json"))
+        assert {key: saved.get(key) for key in kinds} == kinds and "extra_special_tokens" not in saved
+        a, b = [AutoTokenizer.from_pretrained(folder) for folder in (source, result)]
+        assert type(a) is type(b) and a.extra_special_tokens == b.extra_special_tokens == ["<unk>"]
+        assert a("the plot").data == b("the plot").data
 
 
 def test_an_interrupted_save_leaves_a_whole_checkpoint(runs, monkeypatch):
@@ -2652,8 +2887,9 @@ FILES = [       # (lines of pairs.jsonl, further options, what the message says)
     ([GOOD], "--data=nowhere.jsonl", "cannot read nowhere.jsonl"),
     ([GOOD], "--init_from=nobody/nothing", "cannot load nobody/nothing.*--data=reviews"),
     ([GOOD], "--init_from=no-tokenizer", "no-tokenizer"),
-    ([GOOD], "--init_from=remote-code", "cannot load remote-code"),
+    ([GOOD], "--init_from=remote-code", "cannot load .*/remote-code"),
     ([GOOD], "--init_from=fewer-rows", "a token that the model does not know: .* of 61"),
+    ([GOOD], "--init_from=translator", r"cannot load .*/translator: .*T5Config'> for this kind of AutoModel: \S+$"),
     ([GOOD], "--init_from=adapter", "adapter is an adapter, not a whole model: load it on some/base with"),
     ([GOOD], "--init_from=nan-weights", "nan-weights: its weights are not finite: transformer.wte.weight"),
     (TWO, "--ref_from=nan-weights", "nan-weights: its weights are not finite: transformer.wte.weight"),
@@ -2675,6 +2911,9 @@ def broken_models(made_once):
         tokenizer.save_pretrained("nan-weights")
         for path in glob.glob("no-tokenizer/tokenizer*"):
             os.remove(path)
+        hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=len(tokenizer), d_model=8, d_kv=4, d_ff=8, num_layers=1,
+                                                  num_heads=2)).save_pretrained("translator")
+        tokenizer.save_pretrained("translator")
         tiny("gpt2").save_pretrained("fewer-rows")
         config = copy.deepcopy(OTHERS["gpt_neo"])
         config.vocab_size = len(tokenizer)

@@ -71,8 +71,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import chat_template_utils
 
 import eval_imdb
-from sample import (DEVICES, chat, encode_prompt, encode_prompts, load_model, load_reference, opening, parse,
-                    read_message, stop_tokens, without_nulls)
+from sample import (DEVICES, chat, encode_prompt, encode_prompts, load_model, load_reference, opening, parse, parse_json,
+                    positions_of, read_message, rope_border, stop_tokens)
 from tdpo import CHUNK_BYTES, fused_tdpo_loss
 
 # knobs: every assignment from here to the end of the knobs is an option; the comment after it is its help -------------
@@ -157,9 +157,11 @@ PRESETS = {
     "imdb": {"init_from": "insub/gpt2-large-IMDb-fine-tuned", "max_length": 128, "max_prompt_length": 32},
     "imdb sft": {"init_from": "gpt2-large", "learning_rate": 1e-5},
 }
-# a resumed run may change these
-CHANGEABLE = ("resume", "overwrite", "max_steps", "eval_interval", "save_interval", "log_interval", "wandb_log",
-              "micro_tokens", "checkpoint_activations", "device", "compile", "out_dir")
+# where files and models lie
+PLACES = ("data", "eval_data", "init_from", "ref_from", "texts", "reward")
+# a resumed run may change these; what lies in its places has to be the same
+CHANGEABLE = (*PLACES, "resume", "overwrite", "max_steps", "eval_interval", "save_interval", "log_interval",
+              "wandb_log", "micro_tokens", "checkpoint_activations", "device", "compile", "out_dir")
 
 
 def read_knobs():
@@ -246,6 +248,11 @@ def configure(argv):
     elif "epochs" in given:
         base["max_steps"] = 0
     c = argparse.Namespace(**{**defaults, **base, **given, "out_dir": folder})
+    # absolute paths hold in any folder
+    for name in PLACES:
+        value = getattr(c, name)
+        if value not in ("reviews", "imdb", "hh", "scratch", "exact") and (os.path.exists(value) or glob.glob(value)):
+            setattr(c, name, os.path.abspath(value))
 
     # options that would be ignored: whether this run reads them
     task, sft = c.data in eval_imdb.TASKS, c.method == "sft"
@@ -315,14 +322,13 @@ def read_rows(source, split="", config="", default="train"):
     """[(where, row)] of .jsonl, .json, .csv (also .gz) or .parquet files (with * in a name: of several), of a directory
     that datasets knows, or of a hub dataset, whose split is `default` if none is named. A row that cannot be read is a
     ValueError, which says why. If the source cannot be read, the program ends with one sentence."""
-    path = os.path.expanduser(source)
-    kind = os.path.splitext(path.lower().removesuffix(".gz"))[1]
-    files = [path]
-    if not os.path.exists(path):
-        files = sorted(glob.glob(path, recursive=True)) or files
+    kind = os.path.splitext(source.lower().removesuffix(".gz"))[1]
+    files = [source]
+    if not os.path.exists(source):
+        files = sorted(glob.glob(source, recursive=True)) or files
     rows = []
     try:
-        saved = os.path.exists(os.path.join(path, "state.json"))
+        saved = os.path.exists(os.path.join(source, "state.json"))
         if (split or config) and (saved or kind in KINDS):
             raise ValueError("it has no splits: leave out --data_split, --eval_split and --data_config, and name files")
         # the import of datasets takes seconds, and text files do not need it
@@ -337,19 +343,20 @@ def read_rows(source, split="", config="", default="train"):
             for file in files:
                 rows += read_text(file, kind)
         elif saved:
-            table = load_from_disk(path)
-        elif os.path.exists(os.path.join(path, "dataset_dict.json")):
-            tables = load_from_disk(path)
+            table = load_from_disk(source)
+        elif os.path.exists(os.path.join(source, "dataset_dict.json")):
+            tables = load_from_disk(source)
             if (split or default) not in tables:
                 raise ValueError(f'Unknown split "{split or default}". Should be one of {list(tables)}.')
             table = tables[split or default]
-        elif glob.glob(glob.escape(path) + "/*.csv"):
+        elif glob.glob(glob.escape(source) + "/*.csv"):
             raise ValueError(f"of a directory with .csv files, name the files: {source}/*.csv")
-        elif os.path.isdir(path) or re.fullmatch(r"[\w-]+/[\w.-]+", source):
-            table = load_dataset(path, config or None, split=split or default)
+        elif os.path.isdir(source) or re.fullmatch(r"[\w-]+/[\w.-]+", source):
+            table = load_dataset(source, config or None, split=split or default)
         else:
             raise ValueError("it is no .jsonl, .json, .csv or .parquet file, no directory and no hub id (owner/name)")
-        rows += [(f"{source} row {n}", row) for n, row in enumerate(table, 1)]
+        for n, row in enumerate(table, 1):
+            rows.append((f"{source} row {n}", without_fillers(row, table.features)))
     except Exception as error:      # datasets wraps the errors of its readers; the innermost one names the reason
         while error.__cause__:
             error = error.__cause__
@@ -360,6 +367,16 @@ def read_rows(source, split="", config="", default="train"):
     if not rows:
         sys.exit(f"error: {source} has no rows")
     return rows
+
+
+def without_fillers(x, feature):
+    """A value of a table without the keys that are null, with which a table fills up its rows. feature: its type in
+    datasets, of which Json holds what was written."""
+    if isinstance(x, dict) and isinstance(feature, dict):
+        return {name: without_fillers(value, feature[name]) for name, value in x.items() if value is not None}
+    if isinstance(x, list):
+        return [without_fillers(value, getattr(feature, "feature", None)) for value in x]
+    return x
 
 
 def read_text(path, kind):
@@ -383,7 +400,7 @@ def read_text(path, kind):
     # a .json file holds a list of rows, or lines
     if kind == ".json":
         try:
-            table = json.loads(content)
+            table = parse_json(content)
         except (ValueError, RecursionError):
             table = None
         if isinstance(table, dict):
@@ -396,7 +413,7 @@ def read_text(path, kind):
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8-sig"))
+            row = parse_json(line.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             row = ValueError(f"is not JSON: {error}")
         rows.append((f"{path} line {n}", row))
@@ -558,7 +575,7 @@ def render(row, tokenizer):
         raise ValueError("is not a JSON object")
 
     # the columns that are read, {name: text or messages}, the prompt first
-    row = without_nulls(row)
+    row = {name: value for name, value in row.items() if value is not None}
     names = ["chosen", "rejected"]
     if method == "sft":
         names = [name for name in ("chosen", "completion", "messages", "text") if name in row][:1] or ["chosen"]
@@ -909,12 +926,13 @@ def sft_loss(hidden, weight, labels):
 
 
 @torch.no_grad()
-def packing_error(model, examples, row_length=0):
+def packing_error(model, examples, row_length=0, shortest=0):
     """The reason why packed rows are wrong for this model, or "" if every response token gets the logits of its own
     sequence alone.
 
     If the configuration gives the reason it is read there, because its effect on these examples may be small. The
-    comparison finds reasons that nobody has thought of. It holds logits of CHUNK_BYTES at a time.
+    comparison finds reasons that nobody has thought of. It holds logits of CHUNK_BYTES at a time. shortest: tokens of
+    the data's shortest sequence.
     """
     config = model.config.get_text_config()
     longest = max(len(e.prompt) + max(len(e.chosen), len(e.rejected)) - 1 for e in examples)
@@ -928,6 +946,11 @@ def packing_error(model, examples, row_length=0):
     for name in ("sliding_window", "attention_chunk_size"):
         if (getattr(config, name, None) or longest) < longest:
             return f"its {name} of {getattr(config, name)} tokens is shorter than a prompt and response of {longest}"
+
+    border = rope_border(model)
+    if shortest <= border < longest:
+        return (f"its LongRoPE gives a sequence of up to {border} tokens other frequencies beside a longer one: use "
+                f"--max_length={border}, or leave out the shorter ones")
 
     # one row, and every sequence by itself. Some models that declare no attention function take one all the same
     cause = ""
@@ -1153,6 +1176,15 @@ def save(folder, model, tokenizer, opt, step, **origin):
         torch.save(state, os.path.join(new, "state.pt"))
         model.save_pretrained(new, state_dict=merged)
         tokenizer.save_pretrained(new)
+        # transformers 4 knows the source's keys, but neither this class nor a list by this name
+        path = os.path.join(new, "tokenizer_config.json")
+        config = {**json.load(open(path, encoding="utf-8")), **getattr(tokenizer, "source", {})}
+        if config["tokenizer_class"] == "TokenizersBackend":
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if isinstance(config.get("extra_special_tokens"), list):
+            config["additional_special_tokens"] = config.pop("extra_special_tokens")
+        with open(path, "w", encoding="utf-8") as f:
+            json.dump(config, f, indent=1)
         for path in glob.glob(glob.escape(new) + "/**", recursive=True):
             # on the disk, in case the machine fails
             if os.path.isfile(path):
@@ -1301,7 +1333,7 @@ def peak_gib(device):
 def embedded_sft():
     """The directory of the embedded task's SFT model. If it is not there, this same file trains it, and gives it its
     name when it is done."""
-    path = os.path.join(os.path.dirname(out_dir), f"reviews-sft-{seed}")
+    path = os.path.abspath(os.path.join(os.path.dirname(out_dir), f"reviews-sft-{seed}"))
     if os.path.exists(path):
         return path
     command = ["--method=sft", f"--seed={seed}", f"--device={device}", f"--out_dir={path}-new", "--overwrite=True"]
@@ -1388,11 +1420,15 @@ if __name__ == "__main__":
             model, tokenizer = eval_imdb.scratch_model(seed)
         else:
             model, tokenizer = load_model(init_from)
-        positions = getattr(model.config, "max_position_embeddings", None) or max_length
+        positions = positions_of(model)
         if max_length > positions:
             sys.exit(f"error: --max_length={max_length} is more than the {positions} positions of {init_from}")
         if tokenizer.eos_token_id is None:
             sys.exit(f"error: the tokenizer of {init_from} has no EOS token to end responses; set its eos_token")
+
+        keys = getattr(model, "source", {}).keys()
+        if "rope_parameters" in keys and not keys & {"rope_theta", "rotary_emb_base"}:
+            print("note: what is saved needs transformers 5, as the start model does: 4 misreads its rotary embeddings")
 
     # a task samples before the model is spread or gets adapters
     if task and loads:
@@ -1473,6 +1509,7 @@ if __name__ == "__main__":
     # a resumed run has to find its data and its models again
     hashes = [hash_of(x for example in examples + held_out for x in example[2:5])]
     longest = max(examples + held_out, key=lambda e: len(e.prompt) + max(len(e.chosen), len(e.rejected)))
+    shortest = min(len(e.prompt) + len(y) - 1 for e in examples + held_out for y in (e.chosen, e.rejected) if len(y))
 
     def prepared(role, m):
         """A model on its device, or spread. While it is whole, packed rows of the first example and of the one with the
@@ -1483,7 +1520,8 @@ if __name__ == "__main__":
             m.set_attn_implementation("pair_attention")
             hashes.append(hash_of(p.detach().flatten()[::1000].float().cpu().numpy() for p in m.parameters()))
             # FlexAttention takes a GPU; two examples fit into two rows
-            problem = packing_error(m, [examples[0], longest], 2 * row_length if m.device.type == "cuda" else 0)
+            length = 2 * row_length if m.device.type == "cuda" else 0
+            problem = packing_error(m, [examples[0], longest], length, shortest)
             if problem:
                 sys.exit(f"error: the {role} ({type(m).__name__}) cannot be trained exactly in packed rows: {problem}")
         if sharded:

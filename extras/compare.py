@@ -87,10 +87,13 @@ def from_log(folder, run):
             point[name] = round(float(mean), 4)
         curves.append(point)
 
-    # each seed may have a model of its own: reviews-sft-1, 1-sft
+    # runs know their files by absolute paths: of those below this folder the end counts
     shared = {name: value for name, value in run.items() if name not in OWN}
+    for name in ("data", "init_from", "ref_from", "reward", "texts"):
+        shared[name] = run[name].removeprefix(os.getcwd() + os.sep)
+    # each seed may have a model of its own: reviews-sft-1, 1-sft
     for name in ("init_from", "ref_from"):
-        shared[name] = re.sub(rf"-{run['seed']}$|(?<![^/]){run['seed']}-(?=[^/]*$)", "", run[name])
+        shared[name] = re.sub(rf"-{run['seed']}$|(?<![^/]){run['seed']}-(?=[^/]*$)", "", shared[name])
     last = {name: value for name, value in evals[-1].items() if name not in ("rewards", "rkls")}
     return {
         "run": folder, "seed": run["seed"], **last, "pair": pair,

@@ -13,8 +13,8 @@ import sys
 import time
 import uuid
 
-from sample import (DEVICES, chat, create, encode_prompt, generate, load_model, parse, read_prompts, response_text,
-                    writable)
+from sample import (DEVICES, chat, create, encode_prompt, generate, load_model, parse, positions_of, read_prompts,
+                    response_text, writable)
 
 # the columns of a question
 COLUMNS = {"mt_bench": ("question_id", "turns"), "alpaca_eval": ("instruction",)}
@@ -22,7 +22,7 @@ COLUMNS = {"mt_bench": ("question_id", "turns"), "alpaca_eval": ("instruction",)
 
 def answer(model, tokenizer, conversations, args):
     """The model's replies to conversations, lists of the user's turns: as many lists of as many texts."""
-    positions = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    positions = positions_of(model)
     histories = [[] for _ in conversations]
     replies = [[] for _ in conversations]
     # the first turns of all questions, then the second ones

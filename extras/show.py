@@ -12,8 +12,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from sample import (create, encode_prompt, generate, measure, reference_of, response_text, sampling_options, set_up,
-                    writable)
+from sample import create, encode_prompt, generate, measure, response_text, sampling_options, set_up, writable
 
 # a token is one shade darker for each of these shares that its own share reaches
 SHADES = (0.02, 0.05, 0.1, 0.2, 0.4)
@@ -97,8 +96,8 @@ if __name__ == "__main__":
     parser.add_argument("--html", default="", help="page to write or replace")
     args = sampling_options(parser)
     compares = args.show != "surprisal"
-    if compares and not (args.ref or reference_of(args.model)):
-        parser.error(f"--show={args.show} compares with a reference, and {args.model} names none: give --ref")
+    if compares and not args.ref:
+        parser.error(f"--show={args.show} compares with a reference, and {args.model} has none: give --ref")
     if args.html:
         writable(parser, args.html, "--html")
     model, tokenizer, ref, texts = set_up(args)

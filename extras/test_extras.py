@@ -457,7 +457,9 @@ def test_runs_that_differ_only_in_their_seed_share_a_line(folder):
     # an edited objective has the name of the directory, which its seeds share if they differ in nothing else
     edit = "loss = -F.logsigmoid(m)", "loss = torch.relu(1 - m)"
     for name, seed, rate in (("1-more", 1, 1e-4), ("2-more", 2, 1e-4), ("3-more", 3, 2e-4), ("4-more", 1, 1e-4)):
-        write_run(name, seed, edit=edit, learning_rate=rate)
+        # runs know their models by absolute paths
+        start = os.path.join(os.getcwd() if seed == 2 else "", f"reviews-sft-{seed}")
+        write_run(name, seed, edit=edit, learning_rate=rate, init_from=start)
     out = compared("--runs=tdpo2,?-more", "--at_kl", "2", "--against", "tdpo2 α=0.5")
     assert seeds_of(out) == {"reference": 3, "tdpo2 α=0.5": 1, "more": 2, "3-more": 1, "4-more": 1}
     assert "| more | tdpo2 α=0.5 | – (1 of 2 began alike) |" in out
