@@ -71,8 +71,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import chat_template_utils
 
 import eval_imdb
-from sample import (DEVICES, chat, encode_prompt, encode_prompts, load_model, load_reference, opening, parse, parse_json,
-                    positions_of, read_message, rope_border, stop_tokens)
+from sample import (DEVICES, chat, encode_prompt, encode_prompts, load_model, load_reference, opening, parse,
+                    parse_json, positions_of, read_message, rope_border, stop_tokens)
 from tdpo import CHUNK_BYTES, fused_tdpo_loss
 
 # knobs: every assignment from here to the end of the knobs is an option; the comment after it is its help -------------
