@@ -353,52 +353,6 @@ def mean_logs(results):
 
 
 # -----------------------------------------------------------------------------
-# the tables that stand in README.md and assets/RESULTS.md, each between <!-- table NAME --> and <!-- end -->
-
-REVIEWS = [0.3, 0.75, 1, 2]
-IMDB = [0.25, 0.5, 1]
-# what README shows, as a table and as a figure
-SHOWN = ["dpo", "dpo β=0.3", "dpo β=1", "dpo β=3", "tdpo1"]
-SHOWN += ["tdpo2 α=0.25", "tdpo2 α=0.5", "tdpo2 α=1", "tdpo2 α=2"]
-EDITS = {"ipo": "dpo", "lndpo": "dpo", "tdpo2r": "tdpo2 α=0.5"}
-
-# {name: (function, its data in assets/, its further arguments)}
-TABLES = {
-    "reviews": (table, "reviews.json.gz", REVIEWS),
-    "reviews, ends": (ends, "reviews.json.gz", REVIEWS[:3], SHOWN),
-    "reviews, edits": (differences, "reviews.json.gz", REVIEWS, EDITS),
-    "reviews-half": (table, "reviews-half.json.gz", REVIEWS),
-    "imdb": (table, "imdb.json.gz", IMDB),
-    "imdb-second": (table, "imdb-second.json.gz", IMDB),
-    "imdb-two-seeds": (table, "imdb-two-seeds.json", []),
-}
-for base in ("dpo", "dpo β=0.3", "dpo β=1", "dpo β=3"):
-    TABLES[f"reviews, less {base}"] = (differences_from, "reviews.json.gz", REVIEWS, base)
-for base in ("dpo", "dpo β=0.3", "dpo β=1"):
-    TABLES[f"imdb, less {base}"] = (differences_from, "imdb.json.gz", IMDB, base)
-    TABLES[f"imdb-second, less {base}"] = (differences_from, "imdb-second.json.gz", IMDB, base)
-
-
-def with_table(text, name, lines):
-    """The text with these lines between its two markers, or as it was if it does not have them."""
-    before, marker, rest = text.partition(f"<!-- table {name} -->\n")
-    if not marker:
-        return text
-    return before + marker + "\n".join(lines) + "\n" + rest[rest.index("<!-- end -->"):]
-
-
-def with_tables(texts):
-    """The texts, in which each of the TABLES is made anew from its data."""
-    loaded = {}
-    for name, (function, data, *arguments) in TABLES.items():
-        if data not in loaded:
-            loaded[data] = read_json(os.path.join(PROJECT, "assets", data))
-        lines = function(loaded[data], *arguments)
-        texts = [with_table(text, name, lines) for text in texts]
-    return texts
-
-
-# -----------------------------------------------------------------------------
 # the first picture of README.md
 
 # {label of a run: (its name in the picture, its color, where the name stands beside the end of its line at the left)}
@@ -445,6 +399,49 @@ def picture(results):
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+# -----------------------------------------------------------------------------
+# the tables that stand in README.md and assets/RESULTS.md, each between <!-- table NAME --> and <!-- end -->
+
+REVIEWS = [0.3, 0.75, 1, 2]
+IMDB = [0.25, 0.5, 1]
+EDITS = {"ipo": "dpo", "lndpo": "dpo", "tdpo2r": "tdpo2 α=0.5"}
+
+# {name: (function, its data in assets/, its further arguments)}
+TABLES = {
+    "reviews": (table, "reviews.json.gz", REVIEWS),
+    "reviews, ends": (ends, "reviews.json.gz", [0.3, 1], list(PICTURE)),
+    "reviews, edits": (differences, "reviews.json.gz", REVIEWS, EDITS),
+    "reviews-half": (table, "reviews-half.json.gz", REVIEWS),
+    "imdb": (table, "imdb.json.gz", IMDB),
+    "imdb-second": (table, "imdb-second.json.gz", IMDB),
+    "imdb-two-seeds": (table, "imdb-two-seeds.json", []),
+}
+for base in ("dpo", "dpo β=0.3", "dpo β=1", "dpo β=3"):
+    TABLES[f"reviews, less {base}"] = (differences_from, "reviews.json.gz", REVIEWS, base)
+for base in ("dpo", "dpo β=0.3", "dpo β=1"):
+    TABLES[f"imdb, less {base}"] = (differences_from, "imdb.json.gz", IMDB, base)
+    TABLES[f"imdb-second, less {base}"] = (differences_from, "imdb-second.json.gz", IMDB, base)
+
+
+def with_table(text, name, lines):
+    """The text with these lines between its two markers, or as it was if it does not have them."""
+    before, marker, rest = text.partition(f"<!-- table {name} -->\n")
+    if not marker:
+        return text
+    return before + marker + "\n".join(lines) + "\n" + rest[rest.index("<!-- end -->"):]
+
+
+def with_tables(texts):
+    """The texts, in which each of the TABLES is made anew from its data."""
+    loaded = {}
+    for name, (function, data, *arguments) in TABLES.items():
+        if data not in loaded:
+            loaded[data] = read_json(os.path.join(PROJECT, "assets", data))
+        lines = function(loaded[data], *arguments)
+        texts = [with_table(text, name, lines) for text in texts]
+    return texts
 
 
 # -----------------------------------------------------------------------------
