@@ -489,6 +489,18 @@ def ratio_mean(values, weights, groups):
 # the script; extras/show.py shares its options
 
 
+def check_sampling(parser, args):
+    """End the program if a number of sampling is out of range."""
+    for fails, message in (
+        (args.max_new_tokens < 1, "--max_new_tokens must be 1 or more"),
+        (not 0 < args.temperature < float("inf"), "--temperature must be greater than 0"),
+        (not 0 < args.top_p <= 1, "--top_p must be greater than 0 and at most 1"),
+        (not 0 <= args.seed < 2**63, "--seed must not be negative"),
+    ):
+        if fails:
+            parser.error(message)
+
+
 def sampling_options(parser):
     """The values of the parser's options and of those that sampling takes."""
     parser.add_argument("--model", required=True, help="checkpoint directory or hub id")
@@ -509,13 +521,11 @@ def sampling_options(parser):
         (args.chat and not own, "--chat needs --prompt or --prompts: a run has rendered its own prompts already"),
         (not own and not os.path.exists(os.path.join(args.model, "prompts.jsonl")),
          f"{args.model} is not a run that held out prompts: give --prompt or --prompts"),
-        (args.max_new_tokens < 1, "--max_new_tokens must be 1 or more"),
-        (not 0 < args.temperature < float("inf"), "--temperature must be greater than 0"),
-        (not 0 < args.top_p <= 1, "--top_p must be greater than 0 and at most 1"),
-        (args.num_prompts < 0 or not 0 <= args.seed < 2**63, "--num_prompts and --seed must not be negative"),
+        (args.num_prompts < 0, "--num_prompts must not be negative"),
     ):
         if fails:
             parser.error(message)
+    check_sampling(parser, args)
     if args.ref is None:
         args.ref = reference_of(args.model)
     return args
@@ -530,7 +540,8 @@ def set_up(args):
     rows = rows[:args.num_prompts or None]
     model, tokenizer = load_model(args.model, args.device)
     texts = [prompt_text(tokenizer, place, row, args.chat) for place, row in rows]
-    if tokenizer.chat_template and args.prompt and not args.chat:
+    plain = any(isinstance(row, dict) and isinstance(row.get("prompt"), str) for _, row in rows)
+    if tokenizer.chat_template and plain and (args.prompt or args.prompts) and not args.chat:
         print("note: prompts that are text are used as they are; --chat renders them with the model's chat template")
 
     ref = None
@@ -597,7 +608,7 @@ if __name__ == "__main__":
 
     # the screen, then the file, which may fail
     for prompt, lines in zip(texts, shown):
-        print("\n" + prompt.strip())
+        print("\n" + printable(prompt.strip()))
         print("\n".join(lines))
     print("\n" + "\n".join(means))
     with create(out) as f:

@@ -13,11 +13,11 @@ import sys
 import time
 import uuid
 
-from sample import (DEVICES, chat, create, encode_prompt, generate, load_model, parse, positions_of, read_prompts,
-                    response_text, writable)
+from sample import (DEVICES, chat, check_sampling, create, encode_prompt, generate, load_model, parse, positions_of,
+                    read_prompts, response_text, writable)
 
 # the columns of a question
-COLUMNS = {"mt_bench": ("question_id", "turns"), "alpaca_eval": ("instruction",)}
+COLUMNS = {"mt_bench": {"question_id": (int, str), "turns": list}, "alpaca_eval": {"instruction": str}}
 
 
 def answer(model, tokenizer, conversations, args):
@@ -66,11 +66,15 @@ if __name__ == "__main__":
     parser.add_argument("--format", required=True, choices=tuple(COLUMNS), help="whose questions and answers these are")
     parser.add_argument("--out", required=True, help="file to write or replace, called after the model")
     args = parse(parser)
+    check_sampling(parser, args)
     writable(parser, args.out)
     questions = []
     for place, row in read_prompts(args.prompts):
-        if not isinstance(row, dict) or not set(COLUMNS[args.format]) <= row.keys():
-            parser.error(f"{place} is not a JSON object with {' and '.join(COLUMNS[args.format])}")
+        columns = COLUMNS[args.format]
+        right = isinstance(row, dict) and all(isinstance(row.get(name), kind) for name, kind in columns.items())
+        if not right or not all(isinstance(turn, str) for turn in row.get("turns", [])):
+            parser.error(f"{place} is not a JSON object with {' and '.join(columns)}, where turns is a list of texts, "
+                         "and an instruction a text")
         questions.append(row)
     model, tokenizer = load_model(args.model, args.device)
 

@@ -45,7 +45,13 @@ def read_options(argv):
     add("batch_size", train.batch_size, "pairs in a step", type=int)
     add("micro_tokens", 8192, "tokens in a forward pass", type=int)
     add("processes", 1, "processes that share the model", type=int)
-    return parse(parser, argv)
+    run = parse(parser, argv)
+    for name in ("batch_size", "micro_tokens", "processes"):
+        if getattr(run, name) < 1:
+            parser.error(f"--{name} must be 1 or more")
+    if run.lora_rank < 0:
+        parser.error("--lora_rank must not be negative")
+    return run
 
 
 def fullest_row(run):
@@ -70,6 +76,8 @@ def memory_needs(run, config, examples):
         model = build(config)
         if run.lora_rank:
             train.adapt(model, run.lora_rank, low=True)
+        # with adapters each process holds a whole model
+        processes = 1 if run.lora_rank else run.processes
         trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
 
         # RMSprop keeps one number for each weight that is trained, AdamW two
@@ -77,15 +85,15 @@ def memory_needs(run, config, examples):
         if run.optimizer == "adamw":
             state = 2 * trained
         needs = {
-            "weights": weight_bytes(model, run.processes),
-            "gradients": trained / run.processes,
-            "optimizer": state / run.processes,
+            "weights": weight_bytes(model, processes),
+            "gradients": trained / processes,
+            "optimizer": state / processes,
             "reference": 0,
         }
 
         # adapters need no second model: the reference is the policy without them
         if run.method != "sft" and not run.lora_rank:
-            needs["reference"] = weight_bytes(build_reference(config), run.processes)
+            needs["reference"] = weight_bytes(build_reference(config), processes)
         needs["activations"] = activation_bytes(run, model, examples)
         needs["loss"] = loss_bytes(model, examples)
     return needs

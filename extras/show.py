@@ -12,7 +12,8 @@ from collections import namedtuple
 
 import numpy as np
 
-from sample import create, encode_prompt, generate, measure, response_text, sampling_options, set_up, writable
+from sample import (create, encode_prompt, generate, measure, printable, response_text, sampling_options, set_up,
+                    writable)
 
 # a token is one shade darker for each of these shares that its own share reaches
 SHADES = (0.02, 0.05, 0.1, 0.2, 0.4)
@@ -66,10 +67,10 @@ def shaded(texts, values, name):
 
 def on_terminal(span):
     """A span as text for a terminal."""
-    if span.color is None:
-        return span.text
-    red, green, blue = span.color
     # nothing that a model writes moves the terminal's cursor
+    if span.color is None:
+        return printable(span.text)
+    red, green, blue = span.color
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in span.text)
     return f"\033[30;48;2;{red};{green};{blue}m{text}\033[0m"
 
@@ -124,7 +125,7 @@ if __name__ == "__main__":
 
     # the terminal
     for text, entry in zip(texts, shown):
-        print("\n" + text.strip())
+        print("\n" + printable(text.strip()))
         for name, spans in entry:
             print(f"  {name:9} |" + written(spans, on_terminal))
     print("\n" + written(legend, on_terminal))

@@ -95,10 +95,22 @@ def test_memory_is_counted_before_it_is_taken(rank):
     inputs = 2 * 4 * 32 * sum(map(train.size, examples))
     assert less["activations"] == approx(block + inputs + rounded, rel=0.1)
 
-    # two processes share what stays, but for embeddings, output layer and last norm, which stay gathered
+    # two processes share what stays, but for embeddings, output layer and last norm, which stay gathered; with adapters
+    # each has everything
     half = memory.memory_needs(planned(adapters, "--processes=2"), LLAMA, examples)
+    if rank:
+        whole = memory.memory_needs(planned(adapters), LLAMA, examples)
+        assert all(half[name] == whole[name] for name in ("weights", "gradients", "optimizer"))
+        return
     outside = sum(p.nbytes for m in (model.model.embed_tokens, model.lm_head, model.model.norm) for p in m.parameters())
     assert half["gradients"] == trained / 2 and half["weights"] == (needs["weights"] + outside) / 2
+
+
+@pytest.mark.parametrize("option", ["--processes=0", "--lora_rank=-1", "--micro_tokens=0", "--batch_size=0"])
+def test_a_plan_that_no_run_could_have_is_refused(option, capsys):
+    with pytest.raises(SystemExit):
+        planned(option)
+    assert f"error: {option.split('=')[0]} must" in capsys.readouterr().err
 
 
 def test_a_row_is_as_full_as_a_pass_or_a_step_and_its_logits_have_a_bound():
@@ -245,6 +257,12 @@ def test_show_shades_the_responses_that_sample_draws(models):
     says(0, "surprisal", *ask, "--show=surprisal")
 
 
+def test_nothing_that_a_model_writes_moves_the_cursor():
+    for color, around in ((None, ("", "")), ((1, 2, 3), ("\033[30;48;2;1;2;3m", "\033[0m"))):
+        text = show.on_terminal(show.Span("a\033[2J\rb", color))
+        assert text == "a\\x1b[2J\\rb".join(around)
+
+
 def test_answers_have_the_form_that_judges_read(models):
     turns = ["the plot"], ["the plot", "the music"], ["the " * 200, "the music"]
     write_lines("question.jsonl", [dict(question_id=n, turns=texts) for n, texts in enumerate(turns, 1)])
@@ -254,6 +272,9 @@ def test_answers_have_the_form_that_judges_read(models):
     out = says(0, "wrote 3 answers", *bench, "--prompts=question.jsonl")
     assert "question 3 is too long in turn 1: its answer is empty" in out
     says(2, "line 1 is not a JSON object with question_id and turns", *bench, "--prompts=instructions.jsonl")
+    write_lines("letters.jsonl", [dict(question_id=1, turns="the plot")])
+    says(2, "where turns is a list of texts", *bench, "--prompts=letters.jsonl")
+    says(2, "--temperature must be greater than 0", *bench, "--prompts=question.jsonl", "--temperature=-1")
     for found, texts in zip(lines_of("answers/tiny.jsonl"), turns, strict=True):
         replies = found["choices"][0]["turns"]
         assert found["model_id"] == "tiny" and len(replies) == len(texts)
