@@ -1576,7 +1576,7 @@ def test_pairs_beyond_eval_pairs_are_counted(runs):
 
 
 PRINTED = ("{% for t in tools or [] %}{{ t | tojson }}{% endfor %}" + CHAT).replace(
-    "<end>", "{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}{{ 'named' if 'name' in m }}<end>")
+    "<end>", "{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}<end>")
 
 
 def test_a_null_stays_if_it_was_written_and_goes_if_a_table_put_it_there(tmp_path):
@@ -1602,6 +1602,7 @@ def test_a_null_stays_if_it_was_written_and_goes_if_a_table_put_it_there(tmp_pat
     assert tokenizer.decode(first.chosen) == '{"name": "t", "arguments": {"town": "B"}}<end>'
     assert tokenizer.decode(second.chosen) == '{"name": "t", "arguments": {"n": [1, null]}}<end>'
     path = write_lines(tmp_path / "c.jsonl", [dict(prompt=turns("q") + rows[0]["chosen"])])
+    assert sample.read_message(dict(role="user", content="q", name=None)) == turns("q")[0]
     ((_, row),) = sample.read_prompts(path)
     assert '"day": null' in sample.prompt_text(tokenizer, "here", row)
 
@@ -2384,6 +2385,8 @@ def test_what_is_saved_has_the_keys_of_its_source(runs, name):
     start = [f"--init_from={source}", "--max_steps=1"]
     said = "note: what is saved needs transformers 5"
     assert said in says(0, "saved", "train.py", *on_pairs("of-5", *start, "--overwrite=True"))
+    for folder, kind in ((source, "TokenizersBackend"), ("of-5", "PreTrainedTokenizerFast")):
+        assert json.load(open(f"{folder}/tokenizer_config.json"))["tokenizer_class"] == kind
     written = json.load(open(f"{source}/config.json"))
     inner = functools.reduce(dict.get, parts, written)
     inner.update(old, rope_parameters=None)
