@@ -1426,9 +1426,7 @@ if __name__ == "__main__":
         if tokenizer.eos_token_id is None:
             sys.exit(f"error: the tokenizer of {init_from} has no EOS token to end responses; set its eos_token")
 
-        keys = getattr(model, "source", {}).keys()
-        if "rope_parameters" in keys and not keys & {"rope_theta", "rotary_emb_base"}:
-            print("note: what is saved needs transformers 5, as the start model does: 4 misreads its rotary embeddings")
+    keys = getattr(model, "source", {}).keys()
 
     # a task samples before the model is spread or gets adapters
     if task and loads:
@@ -1618,6 +1616,8 @@ if __name__ == "__main__":
               f"higher than {lr_at(max_steps - 1):.2g} of {learning_rate:g}")
     if getattr(model.config.get_text_config(), "router_aux_loss_coef", None):
         print("note: the loss that balances this model's experts (router_aux_loss_coef) is not part of the objective")
+    if "rope_parameters" in keys and not keys & {"rope_theta", "rotary_emb_base"}:
+        print("note: what is saved needs transformers 5, as the start model does: 4 misreads its rotary embeddings")
 
     # -------------------------------------------------------------------------
     # the loop, and first its parts
