@@ -551,7 +551,8 @@ def set_up(args):
     texts, room = dict.fromkeys(texts), positions_of(model)
     fitting = [text for text in texts if len(encode_prompt(tokenizer, text)) < room]
     if len(fitting) < len(texts):
-        print(f"note: {len(fitting)} of {len(texts)} prompts leave room for a response within {room} positions")
+        print(f"note: {len(texts) - len(fitting)} of {len(texts)} prompts are left out, because they leave no room for "
+              f"a response within {room} positions")
     if not fitting:
         sys.exit("error: no prompt is left")
     return model, tokenizer, ref, fitting

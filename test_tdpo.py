@@ -30,6 +30,7 @@ import random
 import re
 import resource
 import runpy
+import shlex
 import shutil
 import signal
 import socket
@@ -1542,7 +1543,7 @@ def test_the_same_prompts_are_held_out_whatever_becomes_of_rows(runs):
     assert len(held) > 3
     for name, rows in files.items():
         write_lines(f"held-{name}.jsonl", rows)
-        for method, options in (("sft", []), ("tdpo2", ["--max_length=10", "--max_prompt_length=5"])):
+        for method, options in (("sft", []), ("tdpo2", ["--max_length=11", "--max_prompt_length=10"])):
             folder = f"held-{name}-{method}"
             trained(folder, f"--data=held-{name}.jsonl", f"--method={method}", "--max_steps=1", "--bad_rows=0.5",
                     "--eval_interval=0", *options)
@@ -1691,7 +1692,7 @@ def test_all_forms_of_a_source_hold_the_same_rows(sources, monkeypatch):
     for source, split, said in (("nowhere.jsonl", "", "No such file"), ("shards/*.csv", "", "No such file"),
                                 ("x/y.json", "", "No such file"), ("a.other", "", "it is no .jsonl"),
                                 ("a.jsonl", "test", "it has no splits"), ("saved", "test", "it has no splits"),
-                                ("tables", "", r"name the files: tables/\*.csv"),
+                                ("tables", "", r"name the files, as in tables/\*.csv"),
                                 *[(name + ".json", "", "one object; a .json file holds a list of rows, and a .jsonl")
                                   for name in ("columns", "inner", "one")]):
         with pytest.raises(SystemExit, match=f"cannot read {re.escape(source)}: .*{said}"):
@@ -2148,8 +2149,8 @@ def test_sample_measures_reference_and_policy(runs):
         says(0, f"over {count} prompts", "sample.py", "--model=model", option, "--max_new_tokens=5")
         assert len(lines_of("model/samples.jsonl")) == count
     says(2, "not a run that held out prompts", "sample.py", "--model=model")
-    said = "note: 0 of 1 prompts leave room for a response within 128 positions\nerror: no prompt is left\n"
-    says(1, said, "sample.py", "--model=model", "--prompt=" + "the " * 200)
+    said = "note: 1 of 1 prompts are left out, because they leave no room for a response within 128 positions\n"
+    says(1, said + "error: no prompt is left\n", "sample.py", "--model=model", "--prompt=" + "the " * 200)
 
 
 def test_a_prompt_that_is_too_long_does_not_stop_the_others(runs):
@@ -2331,15 +2332,15 @@ def test_a_folder_with_files_that_a_run_would_replace_is_refused(runs):
         for overwrite in ("False", "True"):
             with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as said:
                 train.configure(on_pairs(folder, f"--overwrite={overwrite}"))
-            assert f"has files that no run wrote: {name}; move them" in said.getvalue()
+            assert f"has files that are in no run's record: {name}; move them" in said.getvalue()
     # beside a run, too
     trained("guest", "--max_steps=1")
     write_lines("guest/adapter_config.json", ["mine"])
     before = contents("guest")
-    says(2, "that no run wrote: adapter_config.json; move them", "train.py", *on_pairs("guest", "--overwrite=True"))
+    says(2, "in no run's record: adapter_config.json; move them", "train.py", *on_pairs("guest", "--overwrite=True"))
     assert contents("guest") == before
     os.symlink("../sft/config.json", "blocked0/merges.txt")
-    says(2, "no run wrote: config.json, merges.txt", "train.py", *on_pairs("blocked0"))
+    says(2, "in no run's record: config.json, merges.txt", "train.py", *on_pairs("blocked0"))
 
 
 def test_tokenizers_that_save_a_folder_are_saved(runs):
@@ -2954,6 +2955,52 @@ def test_odd_rows_never_end_in_a_traceback(tmp_path):
         read([dict(prompt=turns("q"), chosen=answer("y"), rejected=answer("n"))], spelled(), bad_rows=1)
     examples, counts = read(str(path), spelled(**TOOL), bad_rows=1)
     assert examples[-1].where.endswith(f"line {len(ODD) + 1}") and counts["read"] == len(ODD) + 1
+
+
+def test_a_start_in_bf16_is_resumed_with_any_number_of_processes(runs):
+    """Weights that bf16 holds exactly are kept in it by one process, but not by two."""
+    model, tokenizer = sample.load_model("sft")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.bfloat16())
+    model.save_pretrained("rounded")
+    tokenizer.save_pretrained("rounded")
+    trained("from-rounded", "--init_from=rounded", "--dtype=bfloat16", "--max_steps=1")
+    codes, outs = many(2, "--resume=True", "--out_dir=from-rounded", "--max_steps=2")
+    assert codes == [0, 0] and "saved from-rounded" in outs[0], outs[0]
+
+
+def test_the_command_after_sft_holds_out_the_same_prompts(runs):
+    options = ["--method=sft", "--seed=2", "--eval_pairs=3", "--max_steps=1"]
+    out = says(0, "saved a b", "train.py", *on_pairs("a b", *options))
+    command = re.search("next: python train.py (.*)", out)[1]
+    says(0, "saved after", "train.py", *on_pairs("after", *shlex.split(command), "--max_steps=1"))
+    assert held_prompts_of("a b") == held_prompts_of("after") and "--seed=2" in command
+
+
+def test_a_record_names_no_file_outside_its_folder(tmp_path):
+    (tmp_path / ".written").write_text("log.jsonl\n../precious.txt\n/etc/passwd\nevals/../../x\nevals/1.jsonl\n")
+    assert train.written(str(tmp_path)) == ["log.jsonl", "evals/1.jsonl"]
+
+
+def test_paths_below_a_folder_with_brackets_are_found(tmp_path, monkeypatch):
+    (tmp_path / "[a] b").mkdir()
+    monkeypatch.chdir(tmp_path / "[a] b")
+    write_lines("p1.jsonl", [dict(prompt="q", chosen="y", rejected="n")])
+    found = train.configure(["--data=p*.jsonl", "--init_from=x", "--out_dir=y"])["data"]
+    monkeypatch.chdir(tmp_path)
+    assert [row["chosen"] for _, row in train.read_rows(found)] == ["y"]
+
+
+def test_prompts_that_were_cut_are_not_sampled_whole(runs):
+    rows = [dict(prompt="the plot was " * (n % 2 * 9 + 1) + str(n), chosen=" wonderful", rejected=" annoying")
+            for n in range(80)]
+    write_lines("cut.jsonl", rows)
+    out = says(0, "held-out prompts were cut, and are not in prompts.jsonl", "train.py",
+               *on_pairs("cut", "--data=cut.jsonl", "--max_length=20", "--max_prompt_length=16", "--max_steps=1"))
+    kept, left = held_prompts_of("cut"), int(re.search(r"note: (\d+) held-out", out)[1])
+    held = [row["prompt"] for row in rows if places([row["prompt"]])[0] < 0.1]
+    assert kept == {x for x in held if len(x.split()) < 16} and left == len(held) - len(kept) > 0
 
 
 def test_a_loss_that_is_not_finite_stops_and_saves_nothing(runs):

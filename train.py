@@ -28,6 +28,7 @@ if sys.platform == "win32":
 
 import argparse
 import ast
+import atexit
 import collections
 import contextlib
 import copy
@@ -45,6 +46,7 @@ import json
 import math
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -159,7 +161,7 @@ PRESETS = {
 }
 # where files and models lie
 PLACES = ("data", "eval_data", "init_from", "ref_from", "texts", "reward")
-# a resumed run may change these; what lies in its places has to be the same
+# a resumed run may change these; data and models may have moved, but their content has to be the same
 CHANGEABLE = (*PLACES, "resume", "overwrite", "max_steps", "eval_interval", "save_interval", "log_interval",
               "wandb_log", "micro_tokens", "checkpoint_activations", "device", "compile", "out_dir")
 
@@ -248,11 +250,15 @@ def configure(argv):
     elif "epochs" in given:
         base["max_steps"] = 0
     c = argparse.Namespace(**{**defaults, **base, **given, "out_dir": folder})
-    # absolute paths hold in any folder
+    # absolute paths, so that the run can be continued and sampled from any working directory
     for name in PLACES:
         value = getattr(c, name)
-        if value not in ("reviews", "imdb", "hh", "scratch", "exact") and (os.path.exists(value) or glob.glob(value)):
+        if value in ("reviews", "imdb", "hh", "scratch", "exact"):
+            continue
+        if os.path.exists(value):
             setattr(c, name, os.path.abspath(value))
+        elif glob.glob(value):
+            setattr(c, name, os.path.join(glob.escape(os.getcwd()), value))
 
     # options that would be ignored: whether this run reads them
     task, sft = c.data in eval_imdb.TASKS, c.method == "sft"
@@ -300,7 +306,7 @@ def configure(argv):
         (c.resume and c.overwrite, "--resume=True and --overwrite=True contradict each other"),
         (holds and not (c.resume or c.overwrite or c.show_data), f"--out_dir={folder} holds another run: --resume=True "
          "continues it, --overwrite=True replaces it, a different --out_dir keeps it"),
-        (others and not (c.resume or c.show_data), f"--out_dir={folder} has files that no run wrote: "
+        (others and not (c.resume or c.show_data), f"--out_dir={folder} has files that are in no run's record: "
          f"{', '.join(others)}; move them, or choose a different --out_dir"),
     ):
         if fails:
@@ -350,7 +356,7 @@ def read_rows(source, split="", config="", default="train"):
                 raise ValueError(f'Unknown split "{split or default}". Should be one of {list(tables)}.')
             table = tables[split or default]
         elif glob.glob(glob.escape(source) + "/*.csv"):
-            raise ValueError(f"of a directory with .csv files, name the files: {source}/*.csv")
+            raise ValueError(f"it is a directory of .csv files: name the files, as in {source}/*.csv")
         elif os.path.isdir(source) or re.fullmatch(r"[\w-]+/[\w.-]+", source):
             table = load_dataset(source, config or None, split=split or default)
         else:
@@ -1108,6 +1114,8 @@ def share_examples(examples, folder):
     tokens = [x for example in examples for x in example[2:5]]
     if dist.get_rank() == 0:
         np.save(path, np.concatenate(tokens))
+        # other nodes read it to the end, however the run ends
+        atexit.register(os.remove, path)
     lengths = from_rank_0([len(x) for x in tokens])
     if dist.get_rank():
         tokens = np.split(np.asarray(np.load(path, mmap_mode="r")), np.cumsum(lengths)[:-1])
@@ -1203,7 +1211,11 @@ def save(folder, model, tokenizer, opt, step, **origin):
 def written(folder):
     """The files that runs have written in a directory, by the record that they keep there."""
     record = os.path.join(folder, ".written")
-    return open(record, encoding="utf-8").read().splitlines() if os.path.exists(record) else []
+    if not os.path.exists(record):
+        return []
+    # a record that came from elsewhere names no file outside the directory
+    names = open(record, encoding="utf-8").read().splitlines()
+    return [name for name in names if not os.path.isabs(name) and ".." not in name.split("/")]
 
 
 def claim(folder, name):
@@ -1357,6 +1369,7 @@ if __name__ == "__main__":
     launched = time.time()
     # nohup has its run ignore the end of the terminal
     hangup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
+    defaults = {name: globals()[name] for name in read_knobs()}
     # from here on the globals above are the options of this run
     globals().update(configure(sys.argv[1:]))
     rank, world = join_processes()
@@ -1516,7 +1529,9 @@ if __name__ == "__main__":
             m.to(device_type)
         if loads:
             m.set_attn_implementation("pair_attention")
-            hashes.append(hash_of(p.detach().flatten()[::1000].float().cpu().numpy() for p in m.parameters()))
+            # sorted by name, because weights that are kept in bf16 come in a different order
+            weights = [p.detach().flatten() for _, p in sorted(m.named_parameters())]
+            hashes.append(hash_of(x[::1 + len(x) // 10**5].float().cpu().numpy() for x in weights))
             # FlexAttention takes a GPU; two examples fit into two rows
             length = 2 * row_length if m.device.type == "cuda" else 0
             problem = packing_error(m, [examples[0], longest], length, shortest)
@@ -1617,7 +1632,7 @@ if __name__ == "__main__":
     if getattr(model.config.get_text_config(), "router_aux_loss_coef", None):
         print("note: the loss that balances this model's experts (router_aux_loss_coef) is not part of the objective")
     if "rope_parameters" in keys and not keys & {"rope_theta", "rotary_emb_base"}:
-        print("note: what is saved needs transformers 5, as the start model does: 4 misreads its rotary embeddings")
+        print("note: what is saved needs transformers 5, as the start model does: transformers 4 would misread it")
 
     # -------------------------------------------------------------------------
     # the loop, and first its parts
@@ -1721,7 +1736,7 @@ if __name__ == "__main__":
         # the peak of the steps and evaluations, not of what prepared them
         torch.cuda.reset_peak_memory_stats()
 
-    # W&B comes first: if it fails, the directory is as free as before
+    # W&B comes first: if it fails, nothing in the directory has been replaced yet
     if rank == 0 and wandb_log:
         try:
             import wandb
@@ -1737,8 +1752,15 @@ if __name__ == "__main__":
     if rank == 0:
         log = start_log(out_dir, step)
     if rank == 0 and held_prompts:
+        # a prompt that was cut for training has no text of its own
+        whole = []
+        for prompt, ids in held_prompts.items():
+            if not len(ids) == max_prompt_length < len(encode_prompt(tokenizer, prompt)):
+                whole.append(prompt)
+        if len(whole) < len(held_prompts):
+            print(f"note: {len(held_prompts) - len(whole)} held-out prompts were cut, and are not in prompts.jsonl")
         with open(claim(out_dir, "prompts.jsonl"), "w", encoding="utf-8") as f:
-            for prompt in held_prompts:
+            for prompt in whole:
                 f.write(json.dumps({"prompt": prompt}) + "\n")
 
     # the first of these signals lets the step finish and saves; a second one leaves at once, but SIGHUP may come twice
@@ -1773,7 +1795,7 @@ if __name__ == "__main__":
         if step == max_steps:
             break
         if stop:
-            follow = f"continue: python train.py --resume=True --out_dir={out_dir}"
+            follow = f"continue: python train.py --resume=True --out_dir={shlex.quote(out_dir)}"
             if step == 0:
                 follow = "no step was made, so nothing is saved"
             print(f"stopped after step {step} | {follow}", flush=True)
@@ -1851,12 +1873,18 @@ if __name__ == "__main__":
             print(f"wrote {picture}")
         except Exception as error:      # no matplotlib, or a backend or font that fails: the run is saved all the same
             print(f"note: there is no log.png: {error}")
-    follow = f"sample.py --model={out_dir}"
-    if sft:
-        follow = f"train.py --method=tdpo2 --data={data} --init_from={out_dir}"
     # the embedded task renames its SFT model
-    if sft and task:
-        follow = follow.removesuffix("-new")
+    place = shlex.quote(out_dir.removesuffix("-new") if sft and task else out_dir)
+    follow = f"sample.py --model={place}"
+    if sft:
+        follow = f"train.py --method=tdpo2 --data={shlex.quote(data)} --init_from={place}"
+        # the same prompts are held out if these stay the same
+        names = ["seed"]
+        if not task:
+            names += ["data_split", "data_config", "eval_data", "eval_split", "eval_pairs"]
+        for name in names:
+            if globals()[name] != defaults[name]:
+                follow += f" --{name}={shlex.quote(str(globals()[name]))}"
     print(f"saved {out_dir} | next: python {follow}", flush=True)
     if world > 1:
         # exit hard: gloo's threads can abort the process during interpreter shutdown
