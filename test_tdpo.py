@@ -1,5 +1,5 @@
-"""Tests of the four programs: python -m pytest -q -n 2. They need no GPU and no network, and take under three minutes;
-without -n 2 (pytest-xdist, two processes) they take half again as long.
+"""Tests of the four programs: python -m pytest -q -n 2. They need no GPU and no network, and take three to four
+minutes in two processes (-n 2, by pytest-xdist).
 
 TDPO_KILLS=20 kills a run more often, TDPO_RUNS=100 starts more runs under torchrun, and TDPO_STEPS=500 watches the
 memory of a run for longer.
@@ -2158,10 +2158,11 @@ def test_a_prompt_that_is_too_long_does_not_stop_the_others(runs):
     rows = lines_of("pairs.jsonl")[:3]
     rows[1]["prompt"] += " the" * 200
     write_lines("long.jsonl", rows)
-    trained("long", "--max_steps=1", "--eval_data=long.jsonl")
-    for options in ([], ["--prompts=long.jsonl"]):
-        says(0, "note: 2 of 3 prompts leave room(.|\n)*over 2 prompts", "sample.py", "--model=long", *options,
-             "--max_new_tokens=3", "--out=long-samples.jsonl")
+    said = "note: 1 held-out prompts were cut, and are not in prompts.jsonl"
+    says(0, said, "train.py", *on_pairs("long", "--max_steps=1", "--eval_data=long.jsonl"))
+    left_out = r"note: 1 of 3 prompts are left out(.|\n)*over 2 prompts"
+    for said, options in (("over 2 prompts", []), (left_out, ["--prompts=long.jsonl"])):
+        says(0, said, "sample.py", "--model=long", *options, "--max_new_tokens=3", "--out=long-samples.jsonl")
         assert len(lines_of("long-samples.jsonl")) == 4
         assert {row["prompt"] for row in lines_of("long-samples.jsonl")} == {rows[n]["prompt"] for n in (0, 2)}
 
