@@ -177,7 +177,7 @@ def test_the_day_on_a_gpu_works_at_toy_sizes_and_continues(tmp_path, monkeypatch
         assert 0 < found[name]["full"] < 1.0001 and 0 < found[name]["loss_share"] < 1 and len(found[name]["costs"]) == 5
         assert found[name]["tokens_per_s"] > found[name]["pairs_per_s"] > 0
     # one pair of 20 + 2 x 580 tokens, of which the last two are only labels, fills its row
-    assert found["adapters"]["full"] == 1
+    assert found["adapters"]["full"] == approx(1)
     # started again, only what failed runs
     calls[:] = ["again"]
     again = bench.run_day(str(tmp_path), "toy")
