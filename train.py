@@ -1508,7 +1508,7 @@ if __name__ == "__main__":
         everything = share_examples(examples + held_out, out_dir)
         examples, held_out = everything[:n_train], everything[n_train:]
 
-    # rows: on a modern GPU they have one length, so that the model compiles once, elsewhere any
+    # rows: on a GPU with bf16 they all have one length, so that the model compiles once; elsewhere they have any length
     sizes = [size(example) for example in examples]
     most = max(sizes + [size(example) for example in held_out])
     row_tokens = max(micro_tokens or (8192 if device_type == "cuda" else 1024), most)
