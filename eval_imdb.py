@@ -23,7 +23,7 @@ from transformers import (AutoModelForSequenceClassification, GPT2Config, GPT2LM
                           pipeline)
 
 from sample import (DEVICES, encode_prompt, generate, load_model, load_reference, measure, parse, printable, ratio_mean,
-                    response_stats, response_text, writable)
+                    reason_of, response_stats, response_text, writable)
 
 TASKS = ("reviews", "imdb")
 
@@ -127,13 +127,9 @@ def load_texts(data, source):
             rows = []
             for split in ("train", "test"):
                 rows += [{**row, "split": split} for row in load_dataset(source, split=split)]
-    except Exception as error:
-        # datasets wraps what its readers raise, and the innermost error says what is wrong
-        while error.__cause__:
-            error = error.__cause__
-        said = str(error).replace("\n", " ")
-        sys.exit(f"error: cannot read the texts in {source} ({type(error).__name__}: {said}); --texts takes a .parquet "
-                 "or .jsonl file, a directory or a hub id")
+    except Exception as error:      # the readers of datasets raise all kinds of errors
+        sys.exit(f"error: cannot read the texts in {source}: {reason_of(error)}; --texts takes a .parquet or .jsonl "
+                 "file, a directory or a hub id")
 
     # one line each, and rows without text are left out
     texts = {"train": [], "test": []}
@@ -402,17 +398,10 @@ if __name__ == "__main__":
                                      allow_abbrev=False)
     parser.add_argument("--runs", required=True, help="directories of train.py, commas between; * and ? match")
     parser.add_argument("--score", default="", help="models (directories or hub ids, commas between) to score anew, on "
-                        "the first run's prefixes and against its reference")
-    parser.add_argument("--eval_prefixes", type=int, default=0, help="--score: test prefixes (as many as the run had)")
-    parser.add_argument("--reward", default="", help="--score: a different reward than the first run's")
-    parser.add_argument("--seed", type=int, default=0, help="--score: seed of the samples (0)")
+                        "the prefixes of the first run, with its reward and against its reference")
     parser.add_argument("--device", default=DEVICES[0], choices=DEVICES, help="--score: where")
     parser.add_argument("--out", default="out/frontier.png", help="file of the figure (out/frontier.png)")
     args = parse(parser)
-    if args.eval_prefixes < 0 or args.eval_prefixes == 1 or not 0 <= args.seed < 2**63:
-        parser.error("--eval_prefixes must be 2 or more, --seed between 0 and 2^63")
-    if not args.score and (args.eval_prefixes or args.reward or args.seed):
-        parser.error("--eval_prefixes, --reward and --seed are for --score, and would be ignored")
     writable(parser, args.out)
 
     # the runs' logs and last evaluations; a pattern is several directories
@@ -435,18 +424,17 @@ if __name__ == "__main__":
         if run["data"] not in TASKS or run["method"] == "sft":
             parser.error(f"--score takes prefixes, reward and reference from the first of --runs, but {first} has none")
         policies = {path: load_model(path, args.device) for path in scored}
-        score = load_reward(args.reward or run["reward"], args.device)
+        score = load_reward(run["reward"], args.device)
         texts = load_texts(run["data"], run["texts"])
     for path in scored:
         model, tokenizer = policies[path]
         ref = load_reference(run["ref_from"] or run["init_from"], tokenizer, model.device)
-        count = args.eval_prefixes or run["eval_prefixes"]
-        prefixes = task_prefixes(texts, tokenizer, run["seed"], 0, count)["test"]
-        scores, _ = score_policy(model, ref, tokenizer, prefixes, score, run["max_new_tokens"], args.seed)
+        prefixes = task_prefixes(texts, tokenizer, run["seed"], 0, run["eval_prefixes"])["test"]
+        scores, _ = score_policy(model, ref, tokenizer, prefixes, score, run["max_new_tokens"])
         last[path + " (scored)"] = {"eval_" + name: value for name, value in scores.items()}
         logs[path + " (scored)"] = [last[path + " (scored)"]]
         prompts = [encode_prompt(tokenizer, prefix) for prefix in prefixes[:3]]
-        show_answers({"reference": ref, "policy": model}, tokenizer, prompts, run["max_new_tokens"], args.seed, score)
+        show_answers({"reference": ref, "policy": model}, tokenizer, prompts, run["max_new_tokens"], 0, score)
 
     # a line for each, then the figure
     columns = (*SCORES, "loss", "acc")

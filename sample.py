@@ -15,7 +15,6 @@ import functools
 import json
 import os
 import sys
-import tempfile
 
 import numpy as np
 import torch
@@ -44,10 +43,13 @@ if hasattr(sys.stdout, "reconfigure"):
 
 
 def explain(kind, error, trace):
-    """One sentence in place of a traceback if the disk is full or broken."""
+    """One sentence in place of a traceback if the disk is full or broken, or a GPU's memory is full."""
     if kind is OSError and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
         print(f"error: {error}: make room. A run's last checkpoint is whole; continue with --resume=True",
               file=sys.stderr)
+    elif kind is torch.OutOfMemoryError:
+        print(f"error: {error} These options of train.py take less memory: --checkpoint_activations=True, a smaller "
+              "--micro_tokens or --max_length, --lora_rank=16, or more processes (torchrun)", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -74,26 +76,24 @@ def parse(parser, argv=None):
 
 
 def writable(parser, path, option="--out"):
-    """The path, if a file can be written there, so that an error comes before the work. It is not created."""
-    target = os.path.realpath(path)
-    # up to a folder that exists; `create` makes the others
-    folder = os.path.dirname(target)
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder)
+    """The path, if a file can be written there, so that an error comes before the work. Its folder is made if it is
+    missing, but the file is not created."""
+    folder = os.path.dirname(path) or "."
     try:
-        if os.path.exists(target) or not os.path.basename(path):
-            open(path, "ab").close()
-        else:
-            tempfile.TemporaryFile(dir=folder).close()
-    except (OSError, ValueError) as error:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
         parser.error(f"{path} cannot be written ({error}); choose a different {option}")
+    target = path if os.path.exists(path) else folder
+    if os.path.isdir(path) or not os.access(target, os.W_OK):
+        parser.error(f"{path} cannot be written; choose a different {option}")
     return path
 
 
-def create(path):
-    """A new file, open for writing text, in a folder that is made if it is missing."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    return open(path, "w", encoding="utf-8")
+def reason_of(error):
+    """What the innermost error says, on one line: datasets wraps the errors of its readers in others."""
+    while error.__cause__:
+        error = error.__cause__
+    return str(error).split("\nExample")[0].replace("\n", " ")
 
 
 # -----------------------------------------------------------------------------
@@ -138,10 +138,10 @@ def load_model(path, device="cpu", cls=AutoModelForCausalLM):
         if not p.isfinite().all():
             sys.exit(f"error: {path}: its weights are not finite: {name} has NaN or infinite values; get a sound copy")
     # a run saves the keys of its source, too, for transformers 4 (vLLM, lm-eval), which knows rotary embeddings by them
-    tokenizer.source = get_tokenizer_config(path)
+    tokenizer.original_config = get_tokenizer_config(path)
     config = PreTrainedConfig.get_config_dict(path)[0]
-    model.source = config.get("text_config", config)
-    for name, value in model.source.items():
+    model.original_config = config.get("text_config", config)
+    for name, value in model.original_config.items():
         if "rope" in name or "rotary" in name:
             vars(model.config.get_text_config()).setdefault(name, value)
     return model.to(device).eval(), tokenizer
@@ -612,7 +612,7 @@ if __name__ == "__main__":
         print("\n" + printable(prompt.strip()))
         print("\n".join(lines))
     print("\n" + "\n".join(means))
-    with create(out) as f:
+    with open(out, "w", encoding="utf-8") as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     print(f"entropy and surprisal in nats a token, kl and rkl in nats a response, ± standard error over {len(texts)} "
           f"prompts; wrote {out}")

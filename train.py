@@ -27,7 +27,6 @@ if sys.platform == "win32":
     sys.exit("error: train.py runs on Linux and macOS; on Windows use WSL")
 
 import argparse
-import ast
 import atexit
 import collections
 import contextlib
@@ -74,7 +73,7 @@ from transformers.utils import chat_template_utils
 
 import eval_imdb
 from sample import (DEVICES, chat, encode_prompt, encode_prompts, load_model, load_reference, opening, parse,
-                    parse_json, positions_of, read_message, rope_border, stop_tokens)
+                    parse_json, positions_of, read_message, reason_of, rope_border, stop_tokens)
 from tdpo import CHUNK_BYTES, fused_tdpo_loss
 
 # knobs: every assignment from here to the end of the knobs is an option; the comment after it is its help -------------
@@ -92,8 +91,7 @@ eval_pairs = 512            # largest number of held-out pairs that are evaluate
 bad_rows = 0.01             # largest share of rows that may be left out as unusable; 0 allows none
 show_data = 0               # print this many rows as the model will see them, and exit
 max_length = 512            # tokens of a prompt and one response
-max_prompt_length = 256     # tokens that a prompt is cut to if max_length is exceeded
-truncation = "left"         # side on which such a prompt loses tokens: left or right
+max_prompt_length = 256     # tokens that a prompt is cut to, at its beginning, if max_length is exceeded
 # model
 init_from = ""              # start of the policy: a directory or hub id; scratch is the embedded task's tiny GPT-2
 ref_from = ""               # reference; default: a frozen copy of init_from
@@ -133,7 +131,6 @@ compile = True              # torch.compile the model, on GPUs that compute in b
 
 CHOICES = {
     "method": ("sft", "dpo", "fdpo", "tdpo1", "tdpo2"),
-    "truncation": ("left", "right"),
     "optimizer": ("rmsprop", "adamw"),
     "lr_decay": ("constant", "linear", "cosine"),
     "device": ("auto", *DEVICES),
@@ -167,31 +164,24 @@ CHANGEABLE = (*PLACES, "resume", "overwrite", "max_steps", "eval_interval", "sav
 
 
 def read_knobs():
-    """{name: help} of every option: the assignments between the two marker lines above, and the comments after them."""
+    """{name: (section, help)} of every option: the assignments between the two marker lines above, the comment above a
+    group of them and the comment after each."""
     with open(__file__, encoding="utf-8") as f:
-        source = f.read()
-    lines = source.splitlines()
-    begin = next(n for n, line in enumerate(lines, 1) if line.startswith("# knobs:"))
-    end = next(n for n, line in enumerate(lines, 1) if line.startswith("# end of the knobs"))
-    knobs = {}
-    for node in ast.parse(source).body:
-        if not begin < node.lineno < end:
+        lines = f.read().splitlines()
+    begin = next(n for n, line in enumerate(lines) if line.startswith("# knobs:"))
+    end = next(n for n, line in enumerate(lines) if line.startswith("# end of the knobs"))
+    knobs, section = {}, "options"
+    for n in range(begin + 1, end):
+        if lines[n].startswith("#"):
+            section = lines[n].strip("# ")
+        if not lines[n].split("#")[0].strip():
             continue
-        # gamma = 0.5, or gamma: float = 0.5
-        names = getattr(node, "targets", [getattr(node, "target", None)])
-        if len(names) > 1 or not isinstance(names[0], ast.Name):
-            sys.exit(f"error: {__file__}, line {node.lineno}: write one knob a line, as in gamma = 0.5  # its help")
-        # ast counts columns in bytes
-        rest = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode()
-        knobs[names[0].id] = rest.strip(" #")
+        # gamma = 0.5  # its help
+        found = re.fullmatch(r"""(\w+)(?:\s*:\s*\w+)?\s*=\s*("[^"]*"|'[^']*'|[^#"'=]+)\s*(?:#(.*))?""", lines[n])
+        if not found:
+            sys.exit(f"error: {__file__}, line {n + 1}: write one knob a line, as in gamma = 0.5  # its help")
+        knobs[found[1]] = section, (found[3] or "").strip()
     return knobs
-
-
-def true_or_false(text):
-    """The value of a boolean option."""
-    if text not in ("True", "False"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
-    return text == "True"
 
 
 def default_out_dir(data, method):
@@ -213,13 +203,18 @@ def configure(argv):
         presets += textwrap.fill(text, 100, initial_indent="  ", subsequent_indent="    ") + "\n"
     parser = argparse.ArgumentParser(usage="python train.py [--key=value ...]", description=__doc__, allow_abbrev=False,
                                      epilog=f"These defaults differ by --data and --method:\n{presets}",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, comment in knobs.items():
-        kind = type(defaults[name])
+                                     formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter,
+                                                                       max_help_position=28))
+    sections = {}
+    for name, (section, comment) in knobs.items():
+        if section not in sections:
+            sections[section] = parser.add_argument_group(section)
+        kind, choices = type(defaults[name]), CHOICES.get(name)
         if kind is bool:
-            kind = true_or_false
-        parser.add_argument("--" + name, type=kind, choices=CHOICES.get(name), metavar="", default=argparse.SUPPRESS,
-                            help=f"{comment} [{defaults[name]}]".removesuffix(" []").replace("%", "%%"))
+            kind, choices = {"True": True, "False": False}.get, (True, False)
+        help_text = f"{comment} [{defaults[name]}]".removesuffix(" []").replace("%", "%%")
+        sections[section].add_argument("--" + name, type=kind, choices=choices, metavar="", default=argparse.SUPPRESS,
+                                       help=help_text)
     given = vars(parse(parser, argv))
 
     # instead of the defaults: the presets of the task, or the options of the run that is resumed
@@ -235,12 +230,9 @@ def configure(argv):
     if c.resume:
         try:
             with open(os.path.join(folder, "options.json"), encoding="utf-8") as f:
-                base = json.load(f)
+                base = {**defaults, **json.load(f)}
             os.stat(os.path.join(folder, "state.pt"))
-            for name in base.keys() | defaults.keys():
-                if type(base.get(name)) is not type(defaults.get(name)):
-                    raise ValueError("its options.json was written by a different version of train.py")
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, TypeError) as error:
             parser.error(f"--resume=True: the run in {folder} cannot be continued: {error}")
         base.update(resume=True, overwrite=False)
         changed = [name for name in given if name not in CHANGEABLE and given[name] != base[name]]
@@ -267,7 +259,7 @@ def configure(argv):
         "beta ref_from": not sft,
         "texts": c.data == "imdb",
         "eval_data data_split data_config eval_split bad_rows": not task,
-        "max_prompt_length truncation max_new_tokens": not (task and sft),
+        "max_prompt_length max_new_tokens": not (task and sft),
         "reward train_prefixes eval_prefixes completions min_score_gap": task and not sft,
     }
     ignored = []
@@ -363,10 +355,8 @@ def read_rows(source, split="", config="", default="train"):
             raise ValueError("it is no .jsonl, .json, .csv or .parquet file, no directory and no hub id (owner/name)")
         for n, row in enumerate(table, 1):
             rows.append((f"{source} row {n}", without_fillers(row, table.features)))
-    except Exception as error:      # datasets wraps the errors of its readers; the innermost one names the reason
-        while error.__cause__:
-            error = error.__cause__
-        reason = str(error).split("\nExample")[0].replace("\n", " ")
+    except Exception as error:      # the readers of datasets raise all kinds of errors
+        reason = reason_of(error)
         if re.search("Unknown split|Config name|BuilderConfig", reason):
             reason += " Options: --data_split, --eval_split, --data_config"
         sys.exit(f"error: cannot read {source}: {reason}")
@@ -648,18 +638,17 @@ def encode(where, prompt, texts, ids, joint, tokenizer, stops):
 
 
 def cut(example, tokenizer):
-    """The example within max_length. As in DPO, first the prompt is cut to max_prompt_length, then the ends of both
-    responses. A prompt that loses its beginning keeps its BOS."""
+    """The example within max_length. As in DPO, first the prompt loses its beginning, down to max_prompt_length, then
+    both responses lose their ends. The prompt keeps its BOS."""
     if len(example.prompt) + max(len(example.chosen), len(example.rejected)) <= max_length:
         return example
     prompt = example.prompt
-    if len(prompt) > max_prompt_length and truncation == "left":
+    if len(prompt) > max_prompt_length:
         first = opening(tokenizer) or [tokenizer.bos_token_id]
         if prompt[:len(first)] != first:
             first = []
         rest = max(0, max_prompt_length - len(first))
-        prompt = first + prompt[len(prompt) - rest:]
-    prompt = prompt[:max_prompt_length]
+        prompt = (first + prompt[len(prompt) - rest:])[:max_prompt_length]
     room = max_length - len(prompt)
     chosen, rejected = example.chosen[:room], example.rejected[:room]
     if chosen == rejected:
@@ -703,7 +692,7 @@ def make_examples(rows, source, model, tokenizer):
                 continue
             counts["shortened"] += shortened
             counts["truncated"] += example != whole
-            counts["beheaded"] += example.prompt != whole.prompt and truncation == "left"
+            counts["beheaded"] += example.prompt != whole.prompt
             arrays = [np.array(x, np.int32) for x in (example.prompt, example.chosen, example.rejected)]
             examples.append(Example(where, prompt, *arrays, asked))
 
@@ -796,12 +785,12 @@ def pack(lengths, row_tokens):
 
 
 def collate(examples, row_length=0, device="cpu"):
-    """A row of whole pairs on the device: ids and position (1, L); for the N response tokens source (index of the token
-    that predicts it), labels and, on the CPU, pair and chosen; attention: the model's arguments.
+    """A row of whole pairs on the device: ids and position (1, L); for the N response tokens predictor (index of the
+    token that predicts it), labels and, on the CPU, pair and chosen; attention: the model's arguments.
 
     A row_length pads the row and makes it one for FlexAttention; without one, each pair attends by itself."""
     ids, position, row_pair, part = [], [], [], []
-    source, labels, pair, chosen = [], [], [], []
+    predictor, labels, pair, chosen = [], [], [], []
     for n, example in enumerate(examples):
         # the prompt, once
         prompt = np.asarray(example.prompt).tolist()
@@ -816,7 +805,7 @@ def collate(examples, row_length=0, device="cpu"):
             response = np.asarray(response).tolist()
             if not response:
                 continue
-            source += [last, *range(len(ids), len(ids) + len(response) - 1)]
+            predictor += [last, *range(len(ids), len(ids) + len(response) - 1)]
             labels += response
             pair += [n] * len(response)
             chosen += [k == 1] * len(response)
@@ -832,13 +821,13 @@ def collate(examples, row_length=0, device="cpu"):
     # pinned, because otherwise the copy may wait for the work that the device has at hand
     pin = torch.device(device).type == "cuda"
     columns = []
-    for x in (ids, position, row_pair, part, source, labels):
+    for x in (ids, position, row_pair, part, predictor, labels):
         columns.append(torch.tensor(x, pin_memory=pin).to(device, non_blocking=pin))
-    ids, position, row_pair, part, source, labels = columns
+    ids, position, row_pair, part, predictor, labels = columns
     layout = block_mask(row_pair, part) if row_length else pair_masks(row_pair, part, map(size, examples))
     # if it is given a mask, even one of a single element, the model makes none of its own
     attention = {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device), "layout": layout}
-    return dict(ids=ids[None], position=position[None], source=source, labels=labels, pair=torch.tensor(pair),
+    return dict(ids=ids[None], position=position[None], predictor=predictor, labels=labels, pair=torch.tensor(pair),
                 chosen=torch.tensor(chosen), attention=attention)
 
 
@@ -905,7 +894,7 @@ AttentionMaskInterface.register("pair_attention", sdpa_mask)
 def response_states(body, model, batch):
     """Hidden states (N, d) that predict the response tokens, and a column of ones if the output layer has a bias."""
     out = body(input_ids=batch["ids"], position_ids=batch["position"], use_cache=False, **batch["attention"])
-    hidden = out.last_hidden_state[0][batch["source"]]
+    hidden = out.last_hidden_state[0][batch["predictor"]]
     if getattr(model.get_output_embeddings(), "bias", None) is None:
         return hidden
     return torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1)
@@ -1037,6 +1026,12 @@ def adapt(model, rank, low):
     if rank and not layers:
         sys.exit(f"error: --lora_rank={rank}: {type(model).__name__} has no blocks with linear layers; leave it out")
     model.requires_grad_(False)
+    # say the experts of a mixture, which transformers keeps in one tensor and not in linear layers
+    reached = sum(layer.weight.numel() for layer in layers)
+    weights = sum(p.numel() for block in blocks_of(model) for p in block.parameters())
+    if rank and reached < 0.9 * weights:
+        print(f"note: adapters reach {reached / weights:.0%} of the weights in the blocks of {type(model).__name__}; "
+              "the others are not in linear layers, and stay as they are")
     for layer in layers:
         rounded = layer.weight.detach().bfloat16()
         keep = low and (rank > 0 or bool((rounded == layer.weight).all()))
@@ -1174,8 +1169,8 @@ def save(folder, model, tokenizer, opt, step, **origin):
     if len(merged) < len(weights):
         weights = {name: x for name, x in weights.items() if name.endswith((".0.A", ".0.B"))}
     # tied weights are gathered as copies, and become one tensor again
-    for name, source in model.all_tied_weights_keys.items():
-        merged[name] = merged[source]
+    for name, original in model.all_tied_weights_keys.items():
+        merged[name] = merged[original]
     new = os.path.join(folder, ".saving")
     try:
         shutil.rmtree(new, ignore_errors=True)
@@ -1186,7 +1181,7 @@ def save(folder, model, tokenizer, opt, step, **origin):
         tokenizer.save_pretrained(new)
         # transformers 4 knows the source's keys, but neither this class nor a list by this name
         path = os.path.join(new, "tokenizer_config.json")
-        config = {**json.load(open(path, encoding="utf-8")), **getattr(tokenizer, "source", {})}
+        config = {**json.load(open(path, encoding="utf-8")), **getattr(tokenizer, "original_config", {})}
         if config["tokenizer_class"] == "TokenizersBackend":
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
         if isinstance(config.get("extra_special_tokens"), list):
@@ -1256,16 +1251,6 @@ def start_log(folder, step):
 # -----------------------------------------------------------------------------
 # steps, metrics, measurements
 
-# dense bf16 FLOP/s of cards by their full names, from NVIDIA's data sheets; MFU is logged only for these
-PEAK_FLOPS = {
-    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12, "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H200": 989e12, "NVIDIA H200 NVL": 835e12,
-    "NVIDIA L40S": 362e12, "NVIDIA GeForce RTX 4090": 165e12,
-}
-
-
 @functools.lru_cache(2)
 def permutation(n, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n)
@@ -1293,7 +1278,8 @@ def choose_length(sizes, most, row_tokens, world):
 
 
 def lr_at(step):
-    """The learning rate of a step; the first one is step 0."""
+    """The learning rate of a step; the first one is step 0. Another schedule is one more entry of shares, and a name in
+    CHOICES."""
     if step < warmup_steps:
         return learning_rate * ((step + 1) / warmup_steps)
     # 0 after the warm-up, 1 at the last step
@@ -1315,23 +1301,18 @@ def preference_metrics(stats):
 
 def try_row(batch, forward, opt):
     """Send a row forward and backward once while buffers as large as the optimizer's state are held, and drop the
-    gradients. If memory does not suffice, the program ends with torch's message and the options that take less."""
+    gradients, so that a run without enough memory ends before its first step."""
     trained = [p for group in opt.param_groups for p in group["params"]]
     buffers = []
     if not opt.state:
-        moments = 2 if isinstance(opt, torch.optim.AdamW) else 1
+        # RMSprop keeps one moment of each weight, and most others keep two
+        moments = 1 if isinstance(opt, torch.optim.RMSprop) else 2
         buffers = [torch.empty_like(p) for p in trained for _ in range(moments)]
-    try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            loss, _ = forward(batch, True)
-            loss.backward()
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"error: the fullest row does not fit: {error}. These options take less: "
-                 "--checkpoint_activations=True, a smaller --micro_tokens or --max_length, --lora_rank=16, or more "
-                 "processes (torchrun)")
-    finally:
-        del buffers
-        opt.zero_grad(set_to_none=True)
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        loss, _ = forward(batch, True)
+        loss.backward()
+    del buffers
+    opt.zero_grad(set_to_none=True)
 
 
 def peak_gib(device):
@@ -1350,9 +1331,6 @@ def embedded_sft():
         return path
     command = ["--method=sft", f"--seed={seed}", f"--device={device}", f"--out_dir={path}-new", "--overwrite=True"]
     print("the SFT model first: python train.py " + " ".join(command), flush=True)
-    # SIGTERM and SIGHUP end that run, too
-    for number in (signal.SIGTERM, *hangup):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         done = subprocess.run([sys.executable, __file__, *command], env={**os.environ, "WORLD_SIZE": "1"})
     except KeyboardInterrupt:
@@ -1417,7 +1395,7 @@ if __name__ == "__main__":
     chat_template_utils.datetime = Clock
 
     # -------------------------------------------------------------------------
-    # policy
+    # the policy as it is loaded
     model = tokenizer = prefixes = None
     # what can be wrong with a task's texts and reward is found before anything is trained
     if task and rank == 0:
@@ -1439,7 +1417,8 @@ if __name__ == "__main__":
         if tokenizer.eos_token_id is None:
             sys.exit(f"error: the tokenizer of {init_from} has no EOS token to end responses; set its eos_token")
 
-    keys = getattr(model, "source", {}).keys()
+    # a spread model has no record of the keys that its source's config has
+    config_keys = getattr(model, "original_config", {}).keys()
 
     # a task samples before the model is spread or gets adapters
     if task and loads:
@@ -1517,6 +1496,8 @@ if __name__ == "__main__":
         row_length = choose_length(sizes, most, row_tokens, world)
         row_tokens = row_length
 
+    # -------------------------------------------------------------------------
+    # policy and reference, each checked while it is whole, then moved to its device or spread
     # a resumed run has to find its data and its models again
     hashes = [hash_of(x for example in examples + held_out for x in example[2:5])]
     longest = max(examples + held_out, key=lambda e: len(e.prompt) + max(len(e.chosen), len(e.rejected)))
@@ -1562,13 +1543,10 @@ if __name__ == "__main__":
 
     # -------------------------------------------------------------------------
     # resume and optimizer
-    vocabulary, width = model.get_output_embeddings().weight.shape
     # entries that only the policy or the reference has are padding
     common = min(len(m.get_output_embeddings().weight) for m in models.values())
     n_params = sum(p.numel() for p in model.parameters())
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    outer = {id(layer.weight): layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
-    n_body = n_params - sum(weight.numel() for weight in outer.values())
 
     # states: the hidden states of a row; one call of it gathers the weights that FSDP has spread
     for m in models.values():
@@ -1577,6 +1555,7 @@ if __name__ == "__main__":
         m.states = functools.partial(response_states, body, m)
         register_fsdp_forward_method(m, "states")
 
+    # another optimizer is one more branch here, and a name in CHOICES
     trained = [p for p in model.parameters() if p.requires_grad]
     if optimizer == "rmsprop":
         opt = torch.optim.RMSprop(trained, lr=learning_rate)
@@ -1596,13 +1575,8 @@ if __name__ == "__main__":
             frozen = {name: x for name, x in model.state_dict().items() if not name.endswith((".0.A", ".0.B"))}
             weights = {**frozen, **weights}
         options = FROM_RANK_0 if sharded else FULL
-        try:
-            set_model_state_dict(model, weights, options=options)
-            set_optimizer_state_dict(model, opt, state.get("optimizer", {}), options=options)
-        except Exception as error:
-            reason = " ".join(str(error).split())[:300]
-            sys.exit(f"error: the checkpoint in {out_dir} does not fit this model: {reason}. If it is damaged, start "
-                     "again with --overwrite=True")
+        set_model_state_dict(model, weights, options=options)
+        set_optimizer_state_dict(model, opt, state.get("optimizer", {}), options=options)
         del state, weights
     if step >= max_steps:
         # a kill may have come before its last files
@@ -1631,21 +1605,21 @@ if __name__ == "__main__":
               f"higher than {lr_at(max_steps - 1):.2g} of {learning_rate:g}")
     if getattr(model.config.get_text_config(), "router_aux_loss_coef", None):
         print("note: the loss that balances this model's experts (router_aux_loss_coef) is not part of the objective")
-    if "rope_parameters" in keys and not keys & {"rope_theta", "rotary_emb_base"}:
+    if "rope_parameters" in config_keys and not config_keys & {"rope_theta", "rotary_emb_base"}:
         print("note: what is saved needs transformers 5, as the start model does: transformers 4 would misread it")
 
     # -------------------------------------------------------------------------
-    # the loop, and first its parts
+    # parts of the loop, as functions
     def rows_of(examples):
-        """This process's rows of a step: (batch, whether it counts). The processes meet in every pass, so each needs
-        equally many rows: a process that would have fewer repeats a row, which does not count."""
-        rows = pack([size(example) for example in examples], row_tokens)
-        for k in range(rank, math.ceil(len(rows) / world) * world, world):
-            row = [examples[i] for i in rows[min(k, len(rows) - 1)]]
-            yield collate(row, row_length, device_type), k < len(rows)
+        """This process's rows of a step: (batch, whether it is real). The processes meet in every pass, so each needs
+        equally many rows: a process that would have fewer repeats a row, which is not real and counts for nothing."""
+        packed = pack([size(example) for example in examples], row_tokens)
+        for k in range(rank, math.ceil(len(packed) / world) * world, world):
+            row = [examples[i] for i in packed[min(k, len(packed) - 1)]]
+            yield collate(row, row_length, device_type), k < len(packed)
 
-    def forward(batch, counts):
-        """The loss, a sum over the row's pairs (sft: tokens), and stats, a value for each; 0 and none if not counts."""
+    def forward(batch, real):
+        """The loss, a sum over the row's pairs (sft: tokens), and stats, a value for each; 0 and none if not real."""
         with torch.autocast(device_type, torch.bfloat16, enabled=low):
             hidden = model.states(batch)
             if sft:
@@ -1657,7 +1631,7 @@ if __name__ == "__main__":
                 loss, stats = fused_tdpo_loss(hidden, output_weight(model)[:common], ref_hidden,
                                               output_weight(ref)[:common], batch["labels"], batch["pair"],
                                               batch["chosen"], method, beta=beta, alpha=alpha)
-        n = len(stats["loss"]) if counts else 0
+        n = len(stats["loss"]) if real else 0
         return loss * n, {name: x[:n] for name, x in stats.items()}
 
     def means(stats, n):
@@ -1669,7 +1643,7 @@ if __name__ == "__main__":
         sums = torch.stack([x.float().sum() for x in columns.values()])
         return dict(zip(columns, total(sums) / n))
 
-    def write(kind, record, shown):
+    def write(kind, record, watched):
         """One JSON line in the log, and on the screen the columns that a person watches."""
         log.write(json.dumps(record) + "\n")
         if rank == 0 and wandb_log:
@@ -1677,11 +1651,11 @@ if __name__ == "__main__":
                 wandb.log(record, step=step)
             except Exception as error:
                 print(f"warning: wandb.log failed: {error}")
-        columns = [f"{name.removeprefix('eval_')} {record[name]:>6.3g}" for name in shown if name in record]
+        cells = [f"{name.removeprefix('eval_')} {record[name]:>6.3g}" for name in watched if name in record]
         # a terminal that is gone ends no run
-        if columns:
+        if cells:
             with contextlib.suppress(OSError):
-                print(f"{kind} {step:>{len(str(max_steps))}} | " + " | ".join(columns), flush=True)
+                print(f"{kind} {step:>{len(str(max_steps))}} | " + " | ".join(cells), flush=True)
 
     @contextlib.contextmanager
     def sampling():
@@ -1695,10 +1669,10 @@ if __name__ == "__main__":
     def evaluate(quick=False):
         """Log the metrics on the held-out examples and, in a task, the scores of fresh samples. The program ends if the
         weights are broken; quick looks only for that, on one example."""
-        some = held_out[:1] if quick else held_out
-        batches = tqdm(rows_of(some), desc="evaluating", leave=False, disable=None)
-        stats = [forward(batch, counts)[1] for batch, counts in batches]
-        count = sum(len(example.chosen) for example in some) if sft else len(some)
+        evaluated = held_out[:1] if quick else held_out
+        bar = tqdm(rows_of(evaluated), desc="evaluating", leave=False, disable=None)
+        stats = [forward(batch, real)[1] for batch, real in bar]
+        count = sum(len(example.chosen) for example in evaluated) if sft else len(evaluated)
         metrics = {name: x.item() for name, x in means(stats, count).items()}
 
         # nothing broken is saved
@@ -1724,9 +1698,11 @@ if __name__ == "__main__":
                     f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
         record = {"eval_" + name: x for name, x in metrics.items()}
         record = {"step": step, **record, "eval_pairs": len(held_out)}
-        shown = ("loss", "acc", "kl_w", "kl_l", "reward", "sample_kl")
-        write("eval", record, ["eval_" + name for name in shown])
+        watched = ("loss", "acc", "kl_w", "kl_l", "reward", "sample_kl")
+        write("eval", record, ["eval_" + name for name in watched])
 
+    # -------------------------------------------------------------------------
+    # before the first step: memory, W&B, the log, signals
     # on a GPU the fullest row of the longest examples shows whether memory suffices, before anything is replaced
     if device_type == "cuda":
         # in all processes the same one, so that they run out of memory together
@@ -1773,8 +1749,9 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM, *hangup):
         signal.signal(number, stop_after_step)
 
-    peak = PEAK_FLOPS.get(torch.cuda.get_device_name()) if device_type == "cuda" else None
-    speeds, began_at = [], step
+    # -------------------------------------------------------------------------
+    # the loop
+    began_at = step
     batch_of = functools.partial(step_indices, batch_size=batch_size, n=len(examples), seed=seed)
     batches = list(rows_of([examples[i] for i in batch_of(step)]))
     while True:
@@ -1810,10 +1787,10 @@ if __name__ == "__main__":
         # on a CPU the gradients stay in place, because otherwise the heap would grow
         opt.zero_grad(set_to_none=device_type != "cpu")
         stats = []
-        for batch, counts in batches:
-            loss, some = forward(batch, counts)
+        for batch, real in batches:
+            loss, row_stats = forward(batch, real)
             (loss * ((world if sharded else 1) / count)).backward()
-            stats.append(some)
+            stats.append(row_stats)
         # a checkpoint needs a state of every parameter, also of a vision tower, which no gradient reaches
         for p in trained:
             if p.grad is None:
@@ -1836,36 +1813,26 @@ if __name__ == "__main__":
         opt.step()
         step += 1
 
-        # log. FLOPs: the policy's forward and backward pass, the reference's forward pass; adapters leave the output
-        # layer without a gradient
+        # log
         seconds = time.perf_counter() - began
-        n_tokens = sum(sizes[i] for i in indices)
-        n_loss = sum(len(examples[i].chosen) + len(examples[i].rejected) for i in indices)
-        flops = (6 if sft else 8) * (n_tokens * n_body + n_loss * vocabulary * width)
-        if lora_rank:
-            flops -= 2 * n_loss * vocabulary * width
         record = {"step": step, "epoch": step * batch_size / len(examples), **metrics}
         record["lr"] = opt.param_groups[0]["lr"]
         record["pairs_per_s"] = batch_size / seconds
-        record["tokens_per_s"] = n_tokens / seconds
+        record["tokens_per_s"] = sum(sizes[i] for i in indices) / seconds
         record["peak_gib"] = peak_gib(device_type)
-        if peak:
-            record["mfu"] = flops / seconds / peak / world
-        speeds.append((record["pairs_per_s"], record["tokens_per_s"]))
-        shown = []
+        watched = []
         if step % log_interval == 0 or step == max_steps:
-            shown = ["loss", "acc", "kl_w", "kl_l", "pairs_per_s"]
-        write("step", record, shown)
+            watched = ["loss", "acc", "kl_w", "kl_l", "pairs_per_s"]
+        write("step", record, watched)
 
-    # the end: three held-out prompts with answers, the speed without the first steps, a picture
+    # -------------------------------------------------------------------------
+    # the end: three held-out prompts with answers, a picture, the next command
     if held_prompts:
-        shown = {"policy": model} if sft else {"reference": ref, "policy": model}
+        answering = {"policy": model} if sft else {"reference": ref, "policy": model}
         with sampling():
-            eval_imdb.show_answers(shown, tokenizer, list(held_prompts.values())[:3], max_new_tokens, seed,
+            eval_imdb.show_answers(answering, tokenizer, list(held_prompts.values())[:3], max_new_tokens, seed,
                                    score if task else None)
-    middle = np.median(speeds[min(3, len(speeds) - 1):], axis=0)
-    print(f"\nmedian speed {middle[0]:.2f} {noun}/s, {middle[1]:.0f} tokens/s; peak memory "
-          f"{peak_gib(device_type):.2f} GiB; {time.time() - launched:.0f} s in all")
+    print(f"\npeak memory {peak_gib(device_type):.2f} GiB; {time.time() - launched:.0f} s in all")
     if rank == 0:
         try:
             picture = claim(out_dir, "log.png")
