@@ -23,7 +23,7 @@ from transformers import (AutoModelForSequenceClassification, GPT2Config, GPT2LM
                           pipeline)
 
 from sample import (DEVICES, encode_prompt, generate, load_model, load_reference, measure, parse, printable, ratio_mean,
-                    reason_of, response_stats, response_text, writable)
+                    reason_of, response_stats, response_text, writable, write_lines)
 
 TASKS = ("reviews", "imdb")
 
@@ -149,7 +149,8 @@ def load_texts(data, source):
 
 
 def task_prefixes(texts, tokenizer, seed, train_prefixes, eval_prefixes):
-    """{"train": [...], "test": [...]}: so many beginnings of 2 to 8 tokens, each of its own review, as text."""
+    """{"train": [...], "test": [...]}: beginnings of 2 to 8 tokens, each of a different review, as text. The
+    other arguments say how many of each."""
     # each split has a generator of its own, so that the size of one does not change the other
     prefixes = {}
     for split, count in (("train", train_prefixes), ("test", eval_prefixes)):
@@ -264,8 +265,7 @@ def build_pairs(model, tokenizer, prefixes, score, *, folder, name, reward, comp
         sys.exit("error: every pair was dropped: no two rewards differ by more than --min_score_gap; lower it")
 
     # under a name of its own first, as two runs may be at it
-    with open(f"{path}.{os.getpid()}", "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_lines(f"{path}.{os.getpid()}", rows)
     os.replace(f"{path}.{os.getpid()}", path)
     return path
 
@@ -399,7 +399,7 @@ if __name__ == "__main__":
     parser.add_argument("--runs", required=True, help="directories of train.py, commas between; * and ? match")
     parser.add_argument("--score", default="", help="models (directories or hub ids, commas between) to score anew, on "
                         "the prefixes of the first run, with its reward and against its reference")
-    parser.add_argument("--device", default=DEVICES[0], choices=DEVICES, help="--score: where")
+    parser.add_argument("--device", default=DEVICES[0], choices=DEVICES, help="device of --score (%(default)s)")
     parser.add_argument("--out", default="out/frontier.png", help="file of the figure (out/frontier.png)")
     args = parse(parser)
     writable(parser, args.out)

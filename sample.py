@@ -89,6 +89,12 @@ def writable(parser, path, option="--out"):
     return path
 
 
+def write_lines(path, rows):
+    """Write each of the rows as a line of JSON."""
+    with open(path, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def reason_of(error):
     """What the innermost error says, on one line: datasets wraps the errors of its readers in others."""
     while error.__cause__:
@@ -255,8 +261,8 @@ def encode_prompt(tokenizer, text):
 
 
 def encode_prompts(tokenizer, texts):
-    """Token ids of prompts, of one at least: the tokenizer's `opening`, once, and those of the text, without any that
-    the tokenizer appends. An empty prompt is one BOS (or EOS)."""
+    """Token ids of one or more prompts: the tokenizer's `opening`, once, and those of the text, without any that the
+    tokenizer appends. An empty prompt is one BOS (or EOS)."""
     first = opening(tokenizer)
     encoded = []
     for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
@@ -271,12 +277,12 @@ def encode_prompts(tokenizer, texts):
     return encoded
 
 
-def prompt_text(tokenizer, place, row, as_chat=False):
+def prompt_text(tokenizer, where, row, as_chat=False):
     """A row's prompt as text. The chat template renders messages (with the row's system and tools), or text if as_chat.
-    Exits if the row has neither. place: the row's name in errors."""
+    Exits if the row has neither. where: the row's name in errors."""
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(prompt, (str, list)):
-        sys.exit(f'error: {place} has no "prompt" that is text or a list of messages')
+        sys.exit(f'error: {where} has no "prompt" that is text or a list of messages')
     if as_chat and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
 
@@ -291,7 +297,7 @@ def prompt_text(tokenizer, place, row, as_chat=False):
         # half of a surrogate pair is no text
         prompt.encode()
     except ValueError as error:
-        sys.exit(f"error: {place} {error}")
+        sys.exit(f"error: {where} {error}")
     return prompt
 
 
@@ -414,10 +420,11 @@ def token_measures(logits, ref_logits, labels):
 
 @torch.no_grad()
 def measure(model, ref, prompts, responses):
-    """For each response (to prompts[i] responses[i], lists of token ids) a dict of arrays: one value a token, in nats.
+    """For each response a dict of arrays, which hold one value a token, in nats. prompts[i] and responses[i] are lists
+    of token ids.
 
-    entropy of the model, surprisal -log pi(token), and, 0 if ref is None, logratio log pi(token) - log ref(token),
-    kl = KL(ref || model) as in Eq. 10 and rkl = KL(model || ref).
+    entropy of the model; surprisal -log pi(token); logratio log pi(token) - log ref(token); kl = KL(ref || model) as in
+    Eq. 10; rkl = KL(model || ref). The last three are 0 if ref is None.
     """
     # entries of the vocabulary that only one of the two models has are padding
     vocabulary = min(len(m.get_output_embeddings().weight) for m in (model, ref) if m is not None)
@@ -504,7 +511,7 @@ def check_sampling(parser, args):
 def sampling_options(parser):
     """The values of the parser's options and of those that sampling takes."""
     parser.add_argument("--model", required=True, help="checkpoint directory or hub id")
-    parser.add_argument("--ref", help="reference, or nothing; by default the one that --model was trained against")
+    parser.add_argument("--ref", help="reference (empty for none); by default the one that --model was trained against")
     parser.add_argument("--prompts", default="", help=".jsonl or .txt; by default those that the run held out")
     parser.add_argument("--prompt", help="one prompt")
     parser.add_argument("--chat", action="store_true", help="render prompts that are text with the chat template, too")
@@ -539,7 +546,7 @@ def set_up(args):
         rows = read_prompts(args.prompts or os.path.join(args.model, "prompts.jsonl"))
     rows = rows[:args.num_prompts or None]
     model, tokenizer = load_model(args.model, args.device)
-    texts = [prompt_text(tokenizer, place, row, args.chat) for place, row in rows]
+    texts = [prompt_text(tokenizer, where, row, args.chat) for where, row in rows]
     plain = any(isinstance(row, dict) and isinstance(row.get("prompt"), str) for _, row in rows)
     if tokenizer.chat_template and plain and (args.prompt or args.prompts) and not args.chat:
         print("note: prompts that are text are used as they are; --chat renders them with the model's chat template")
@@ -612,7 +619,6 @@ if __name__ == "__main__":
         print("\n" + printable(prompt.strip()))
         print("\n".join(lines))
     print("\n" + "\n".join(means))
-    with open(out, "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_lines(out, rows)
     print(f"entropy and surprisal in nats a token, kl and rkl in nats a response, ± standard error over {len(texts)} "
           f"prompts; wrote {out}")

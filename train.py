@@ -73,14 +73,15 @@ from transformers.utils import chat_template_utils
 
 import eval_imdb
 from sample import (DEVICES, chat, encode_prompt, encode_prompts, load_model, load_reference, opening, parse,
-                    parse_json, positions_of, read_message, reason_of, rope_border, stop_tokens)
+                    parse_json, positions_of, read_message, reason_of, rope_border, stop_tokens,
+                    write_lines)
 from tdpo import CHUNK_BYTES, fused_tdpo_loss
 
 # knobs: every assignment from here to the end of the knobs is an option; the comment after it is its help -------------
-# the objective
+# the objective: a new knob is also an argument of margin or preference_loss in tdpo.py, and of the call in `forward`
 method = "tdpo2"            # sft, dpo, fdpo, tdpo1 or tdpo2
 alpha = 0.5                 # weight of the sequential KL in tdpo2, Eq. 17
-beta = 0.1                  # tie to the reference; fdpo wants far less (0.03 on HH, 1e-5 on IMDb)
+beta = 0.1                  # tie to the reference; fdpo needs a far smaller one (0.03 on HH, 1e-5 on IMDb)
 # data
 data = "reviews"            # reviews (embedded), imdb, hh, .jsonl/.json/.csv/.parquet files, a directory, a hub dataset
 data_split = ""             # split of a directory or hub dataset; default: train
@@ -173,7 +174,7 @@ def read_knobs():
     knobs, section = {}, "options"
     for n in range(begin + 1, end):
         if lines[n].startswith("#"):
-            section = lines[n].strip("# ")
+            section = lines[n].strip("# ").split(":")[0]
         if not lines[n].split("#")[0].strip():
             continue
         # gamma = 0.5  # its help
@@ -182,6 +183,10 @@ def read_knobs():
             sys.exit(f"error: {__file__}, line {n + 1}: write one knob a line, as in gamma = 0.5  # its help")
         knobs[found[1]] = section, (found[3] or "").strip()
     return knobs
+
+
+def knob_values():
+    return {name: globals()[name] for name in read_knobs()}
 
 
 def default_out_dir(data, method):
@@ -196,7 +201,7 @@ def configure(argv):
     """The values of all knobs: the globals above, then the task's presets, then --key=value; a resumed run's own
     values. A mistake ends the program with one sentence and exit code 2."""
     knobs = read_knobs()
-    defaults = {name: globals()[name] for name in knobs}
+    defaults = knob_values()
     presets = ""
     for name, preset in PRESETS.items():
         text = f"{name}: " + ", ".join(f"{key}={value}" for key, value in preset.items() if value != "")
@@ -310,7 +315,8 @@ def configure(argv):
 # own data: a source gives rows, a row becomes text, text becomes tokens
 
 # a pair, or a text of SFT: the row that it comes from, its prompt as text (None if the whole text is learned), and
-# three arrays of token ids, of which rejected is empty for SFT. asked: the prompt's text without the template
+# three arrays of token ids, of which rejected is empty for SFT. asked is the prompt without the chat template, whose
+# hash decides whether the example is held out
 Example = collections.namedtuple("Example", "where prompt_text prompt chosen rejected asked", defaults=[""])
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
@@ -465,15 +471,15 @@ def render_messages(row, columns, tokenizer):
     # whole conversations: the prompt is a column of messages, a column of text, or the beginning of the conversations
     prompt, *responses = columns.values()
     conversations = [[read_message(x) for x in messages] for messages in responses]
-    asked = [x["content"].strip() for x in conversations[0] if x["role"] == "user"]
-    if isinstance(prompt, str) and prompt.strip() and not asked:
+    questions = [x["content"].strip() for x in conversations[0] if x["role"] == "user"]
+    if isinstance(prompt, str) and prompt.strip() and not questions:
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, list):
         before = [read_message(x) for x in prompt]
         if before and all(before[-1] in x for x in conversations):
             raise ValueError("has responses that repeat the prompt's messages: keep these turns in one of the two")
         conversations = [before + x for x in conversations]
-    elif prompt and str(prompt).strip() not in ("", *asked):
+    elif prompt and str(prompt).strip() not in ("", *questions):
         raise ValueError("has a prompt that is none of its messages: remove the column, or make it a message")
 
     # a system column is the first message
@@ -550,8 +556,8 @@ def are_transcripts(row, columns):
     return prompt is None and all(isinstance(x, str) and ASSISTANT in x for x in responses)
 
 
-# forms of rows: (what such a row looks like, the function that renders it). The first one that fits is taken, and text
-# if none does. A new form is one more line here; it may read columns of its own from the row
+# forms of rows: (what such a row looks like, the function that renders it). The first one that fits is taken; a row
+# that fits none is text. A new form is one more line here; it may read columns of its own from the row
 FORMS = [
     (are_messages, render_messages),
     (are_transcripts, render_transcripts),
@@ -559,11 +565,12 @@ FORMS = [
 
 
 def render(row, tokenizer):
-    """A row as text: (prompt, texts, shortened, asked).
+    """A row as text: (prompt, texts, shortened, asked). A ValueError says what is wrong with it; bad rows are counted
+    by its words before the first colon.
 
     texts: the chosen and the rejected response, or the one that SFT learns, each with the prompt in front of it.
     prompt: None if SFT learns the whole text. shortened: whether the prompt ends before the chat template's generation
-    prompt does. asked: the prompt without the template. ValueError: what is wrong with the row.
+    prompt does. asked: the prompt without the template.
     """
     if isinstance(row, ValueError):
         raise row
@@ -818,7 +825,7 @@ def collate(examples, row_length=0, device="cpu"):
     row_pair += [-1] * padding
     part += [0] * padding
 
-    # pinned, because otherwise the copy may wait for the work that the device has at hand
+    # pinned, because otherwise the copy may wait until the device has finished its work
     pin = torch.device(device).type == "cuda"
     columns = []
     for x in (ids, position, row_pair, part, predictor, labels):
@@ -922,8 +929,8 @@ def sft_loss(hidden, weight, labels):
 
 @torch.no_grad()
 def packing_error(model, examples, row_length=0, shortest=0):
-    """The reason why packed rows are wrong for this model, or "" if every response token gets the logits of its own
-    sequence alone.
+    """The reason why packed rows are wrong for this model, or "" if every response token gets the same logits as in a
+    sequence by itself.
 
     If the configuration gives the reason it is read there, because its effect on these examples may be small. The
     comparison finds reasons that nobody has thought of. It holds logits of CHUNK_BYTES at a time. shortest: tokens of
@@ -944,8 +951,8 @@ def packing_error(model, examples, row_length=0, shortest=0):
 
     border = rope_border(model)
     if shortest <= border < longest:
-        return (f"its LongRoPE gives a sequence of up to {border} tokens other frequencies beside a longer one: use "
-                f"--max_length={border}, or leave out the shorter ones")
+        return (f"its LongRoPE changes the frequencies of a sequence of up to {border} tokens if a longer one is in "
+                f"the same row: use --max_length={border}, or leave out the shorter ones")
 
     # one row, and every sequence by itself. Some models that declare no attention function take one all the same
     cause = ""
@@ -1078,7 +1085,7 @@ def join_processes():
         return 0, 1
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    # rank 0 may sample pairs for hours
+    # the others wait for rank 0, which may sample pairs for hours
     dist.init_process_group(timeout=datetime.timedelta(days=1))
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")
@@ -1236,11 +1243,11 @@ def start_log(folder, step):
             if os.path.isfile(path) or os.path.islink(path):
                 os.remove(path)
         open(os.path.join(folder, ".written"), "w").close()
-    options = {name: globals()[name] for name in read_knobs()}
     with open(os.path.join(os.path.dirname(__file__), "tdpo.py"), encoding="utf-8") as f:
         objective = f.read()
     # a kill leaves the old ones or the new ones, never a part
-    for name, text in (("tdpo.py", objective), ("options.json", json.dumps(options, indent=1)), ("log.jsonl", log)):
+    options = json.dumps(knob_values(), indent=1)
+    for name, text in (("tdpo.py", objective), ("options.json", options), ("log.jsonl", log)):
         path = claim(folder, name)
         with open(path + ".new", "w", encoding="utf-8") as f:
             f.write(text)
@@ -1345,9 +1352,9 @@ if __name__ == "__main__":
     # -------------------------------------------------------------------------
     # set-up: options, processes, the directory, the device
     launched = time.time()
-    # nohup has its run ignore the end of the terminal
+    # a run under nohup ignores the end of its terminal, and goes on doing so
     hangup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
-    defaults = {name: globals()[name] for name in read_knobs()}
+    defaults = knob_values()
     # from here on the globals above are the options of this run
     globals().update(configure(sys.argv[1:]))
     rank, world = join_processes()
@@ -1378,7 +1385,7 @@ if __name__ == "__main__":
     low = dtype == "bfloat16"
     compiled = compile and modern
 
-    # a chat template that prints the date prints the one of the run's first start
+    # a chat template may print the date: a resumed run prints the date on which it was first started
     started, state = launched, {}
     if resume and loads:
         try:
@@ -1555,7 +1562,8 @@ if __name__ == "__main__":
         m.states = functools.partial(response_states, body, m)
         register_fsdp_forward_method(m, "states")
 
-    # another optimizer is one more branch here, and a name in CHOICES
+    # another optimizer is one more branch here, and a name in CHOICES. To be resumed it needs a state, as SGD has with
+    # momentum
     trained = [p for p in model.parameters() if p.requires_grad]
     if optimizer == "rmsprop":
         opt = torch.optim.RMSprop(trained, lr=learning_rate)
@@ -1635,7 +1643,7 @@ if __name__ == "__main__":
         return loss * n, {name: x[:n] for name, x in stats.items()}
 
     def means(stats, n):
-        """Metrics over n pairs, of which this process has some, in several passes."""
+        """Metrics over the n pairs (sft: tokens) of all processes, from the stats of each pass of this one."""
         columns = {name: torch.cat([s[name] for s in stats]) for name in stats[0]}
         if not sft:
             columns = preference_metrics(columns)
@@ -1694,8 +1702,7 @@ if __name__ == "__main__":
             metrics.update(scores)
             # runs of one seed have the same prefixes, so that they can be compared one by one
             if rank == 0:
-                with open(claim(out_dir, f"evals/{step}.jsonl"), "w", encoding="utf-8") as f:
-                    f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
+                write_lines(claim(out_dir, f"evals/{step}.jsonl"), samples)
         record = {"eval_" + name: x for name, x in metrics.items()}
         record = {"step": step, **record, "eval_pairs": len(held_out)}
         watched = ("loss", "acc", "kl_w", "kl_l", "reward", "sample_kl")
@@ -1716,8 +1723,7 @@ if __name__ == "__main__":
     if rank == 0 and wandb_log:
         try:
             import wandb
-            options = {name: globals()[name] for name in read_knobs()}
-            run = wandb.init(project="tdpo", name=os.path.basename(out_dir), config=options, dir=out_dir,
+            run = wandb.init(project="tdpo", name=os.path.basename(out_dir), config=knob_values(), dir=out_dir,
                              id=origin["wandb_id"], resume="allow")
             origin["wandb_id"] = run.id
         except Exception as error:
@@ -1732,12 +1738,10 @@ if __name__ == "__main__":
         whole = []
         for prompt, ids in held_prompts.items():
             if not len(ids) == max_prompt_length < len(encode_prompt(tokenizer, prompt)):
-                whole.append(prompt)
+                whole.append({"prompt": prompt})
         if len(whole) < len(held_prompts):
             print(f"note: {len(held_prompts) - len(whole)} held-out prompts were cut, and are not in prompts.jsonl")
-        with open(claim(out_dir, "prompts.jsonl"), "w", encoding="utf-8") as f:
-            for prompt in whole:
-                f.write(json.dumps({"prompt": prompt}) + "\n")
+        write_lines(claim(out_dir, "prompts.jsonl"), whole)
 
     # the first of these signals lets the step finish and saves; a second one leaves at once, but SIGHUP may come twice
     signals = []
@@ -1841,10 +1845,10 @@ if __name__ == "__main__":
         except Exception as error:      # no matplotlib, or a backend or font that fails: the run is saved all the same
             print(f"note: there is no log.png: {error}")
     # the embedded task renames its SFT model
-    place = shlex.quote(out_dir.removesuffix("-new") if sft and task else out_dir)
-    follow = f"sample.py --model={place}"
+    model_dir = shlex.quote(out_dir.removesuffix("-new") if sft and task else out_dir)
+    follow = f"sample.py --model={model_dir}"
     if sft:
-        follow = f"train.py --method=tdpo2 --data={shlex.quote(data)} --init_from={place}"
+        follow = f"train.py --method=tdpo2 --data={shlex.quote(data)} --init_from={model_dir}"
         # the same prompts are held out if these stay the same
         names = ["seed"]
         if not task:
