@@ -14,7 +14,7 @@ _compiled = {}          # elementwise function -> its compiled form
 
 # log pi(y) - log pi_ref(y), KL(pi_ref || pi) as in Eq. 10, KL(pi || pi_ref) as in Figures 1 and 3, log pi(y)
 TokenStats = namedtuple("TokenStats", "logratio kl rkl logp")
-Sums = namedtuple("Sums", "logratio kl rkl logp length")
+Sums = namedtuple("Sums", [*TokenStats._fields, "length"])
 
 
 def token_stats(pi_logits, ref_logits, labels):
@@ -79,7 +79,7 @@ def _pair_losses(tokens, labels, sequence, n, yw_idx, yl_idx, method, knobs):
     sums = sum_tokens(tokens, labels, sequence, n)
     w, l = Sums(*[x[yw_idx] for x in sums]), Sums(*[x[yl_idx] for x in sums])
     losses, m = preference_loss(method, w, l, **knobs)
-    stats = {"loss": losses, "margin": m}
+    stats = {"loss": losses.view_as(w.length), "margin": m}     # fails unless there is one loss for each pair
     for name in TokenStats._fields:
         stats[name + "_w"], stats[name + "_l"] = getattr(w, name), getattr(l, name)
     return losses, {name: x.detach() for name, x in stats.items()}
@@ -89,9 +89,9 @@ def tdpo_loss(pi_logits, ref_logits, labels, yw_idx, yl_idx, method="tdpo2", **k
     """The paper's Appendix B, corrected: masked, shifted, and summed over tokens before the sigmoid.
 
     pi_logits, ref_logits: (B, T, V). labels: (B, T), unshifted (labels[b, t] is the input token t), -100 outside the
-    responses. yw_idx, yl_idx: (P,) rows of the chosen and of the rejected responses. knobs: the objective's arguments,
-    such as beta=0.1, alpha=0.5. Returns losses (P,) and stats, a dict of detached (P,): loss, margin, and logratio, kl,
-    rkl, logp of both responses as logratio_w, logratio_l ... ValueError: a response of a pair has no tokens."""
+    responses. yw_idx, yl_idx: (P,) rows of the chosen and of the rejected responses. knobs: numbers that `margin` and
+    `preference_loss` take, such as beta=0.1. Returns losses (P,) and stats, a dict of detached (P,): loss, margin, and
+    logratio_w, logratio_l and so on of all TokenStats of both responses. ValueError: a response has no tokens."""
     labels, pi_logits, ref_logits = labels[:, 1:], pi_logits[:, :-1], ref_logits[:, :-1]    # t predicts token t + 1
     response = labels != -100
     if not response.any(1)[torch.cat([yw_idx, yl_idx])].all():
@@ -104,7 +104,7 @@ def tdpo_loss(pi_logits, ref_logits, labels, yw_idx, yl_idx, method="tdpo2", **k
 
 @torch.compiler.disable     # torch.compile does not trace this function; its elementwise part compiles itself
 def fused_tdpo_loss(hidden, weight, ref_hidden, ref_weight, labels, pair, chosen, method="tdpo2", **knobs):
-    """`tdpo_loss(...)[0].mean()` without N x V logits: at most about CHUNK_BYTES of them exist at a time.
+    """`tdpo_loss(...)[0].mean()` without N x V logits: about CHUNK_BYTES of those of each model exist at a time.
 
     hidden, ref_hidden: (N, d), the states that predict the response tokens labels (N,). weight, ref_weight: (V, d), the
     output layers; a bias is one more column beside ones in hidden. pair: (N,) int, ascending from 0, and chosen: (N,)
@@ -113,11 +113,11 @@ def fused_tdpo_loss(hidden, weight, ref_hidden, ref_weight, labels, pair, chosen
     pair, chosen = pair.cpu(), chosen.cpu()
     equal = len(hidden) == len(ref_hidden) == len(labels) == len(pair) == len(chosen) > 0
     if not equal or (pair.diff() < 0).any():
-        raise ValueError("give one entry for each of N > 0 tokens, sorted by pair")
+        raise ValueError("hidden, ref_hidden, labels, pair, chosen: one entry for each of N > 0 tokens, sorted by pair")
     sequence = 2 * pair + chosen                    # 2p is the rejected response of pair p, and 2p + 1 the chosen one
     lengths = torch.bincount(sequence)
     if len(lengths) % 2 or not lengths.all():
-        raise ValueError("every pair, counted from 0, needs chosen and rejected tokens: number the pairs without gaps")
+        raise ValueError("each pair 0, 1, 2 ... needs chosen and rejected tokens: leave out emptied pairs, close gaps")
     ends = lengths.view(-1, 2).sum(1).cumsum(0)     # of the pairs
 
     # rounded operands make a GPU fast, but turn a KL of 3e-4 into 3e-3; a CPU may round them only within its products
