@@ -300,59 +300,6 @@ def test_a_second_turn_follows_the_models_own_answer(models, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# check.py, second.py and study.sh
-
-
-def test_samples_are_checked_by_hand_and_scored_by_a_second_classifier(models):
-    """The first script shares no code with the project, and the second learns moods from other reviews."""
-    says(0, "saved run", "train.py", "--init_from=ref", "--out_dir=run", "--train_prefixes=16", "--eval_prefixes=24",
-         "--max_steps=2", "--batch_size=16", "--learning_rate=1e-3", "--warmup_steps=1", "--max_new_tokens=40")
-    out = says(0, "largest differences", "extras/check.py", "run")
-    assert max(map(float, re.findall(r": '(\S+)'", out.splitlines()[-1]))) < 2e-4 and out.count("run {") == 5
-    says(0, "wrote", "extras/compare.py", "--runs=run", "--out=first")
-
-    from datasets import Dataset
-    rng, rows = random.Random(0), []
-    for n in range(600):
-        text = eval_imdb.write_review(rng)
-        (reward,) = eval_imdb.exact_reward([text])
-        rows.append(dict(text=text, label=int(reward > 0), split="train" if n < 500 else "test"))
-    Dataset.from_list(rows).to_parquet("moods.parquet")
-    out = says(0, "of 100 test reviews", "extras/second.py", "moods.parquet", "first.json", "second.json")
-    assert float(re.search(r"accuracy (\S+)", out)[1]) > 0.7 and float(out.split()[-1]) > 0.4
-    (first,), (second,) = json.load(open("first.json")), json.load(open("second.json"))
-    for a, b in zip(first["evals"], second["evals"]):
-        assert a["rkls"] == b["rkls"] and b["reward"] == approx(np.mean(b["rewards"]), abs=1e-3)
-        assert all(0 <= x <= 1 for x in b["rewards"])
-
-
-def test_the_studies_are_runs_of_train(tmp_path, monkeypatch):
-    """Every command has options that exist, and a name that says what it is."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("MODEL", "JUDGE", "TEXTS"):
-        monkeypatch.setenv(name, name.lower())
-    monkeypatch.setenv("SEEDS", "2 3")
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    os.mkdir("bin")
-    # in python's place: it takes a note, and finishes
-    write_lines("bin/python", ["#!/bin/bash\necho $* >> calls\necho saved ${2#*=} '|'"])
-    os.chmod("bin/python", 0o755)
-    for _ in range(2):
-        for study in ("reviews", "imdb", "hh"):
-            done = subprocess.run(["bash", f"{HERE}/extras/study.sh", study], capture_output=True, text=True)
-            assert done.returncode == 0 and not done.stderr, done.stderr
-    # once, because a second start skips the runs that have finished
-    calls = [line.split() for line in open("calls") if "train.py" in line]
-    assert len(calls) == 2 * 11 + 2 * (1 + 6) + (1 + 4)
-    for _, *options in calls:
-        run = train.configure(options)
-        seed, method, alpha, beta = re.fullmatch(r"out/\w+/(\d?)-?(\w+)(?:-alpha=(.+?))?(?:-beta=(.+))?",
-                                                 run["out_dir"]).groups("")
-        assert run["seed"] == int(seed or 1) and (not beta or run["beta"] == float(beta))
-        assert (run["method"], run["alpha"]) == (method, float(alpha or 0.5))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # compare.py
 
 REWARDS = {0: 0.0, 4: 0.2, 8: 0.5}          # the mean at each evaluation of the run that `write_run` makes
