@@ -3,7 +3,6 @@
     python -m extras.compare --runs='out/reviews/[1-8]-*/' --at_kl 0.3 1 --against dpo 'dpo β=1'
     python -m extras.compare --runs=assets/reviews.json.gz --only dpo 'tdpo2 α=0.5' --out=out/two
     python -m extras.compare tables             # writes the result tables of README.md and assets/RESULTS.md again
-    python -m extras.compare picture            # draws README.md's first picture again: assets/frontier.png
 
 Runs that differ only in their seed share a line. The reward at a KL is read where a run's evaluations, joined by
 straight lines, first cross that KL(policy || reference). A difference is taken between runs of the same seed, on the
@@ -356,65 +355,18 @@ def mean_logs(results):
 
 
 # -----------------------------------------------------------------------------
-# the first picture of README.md
-
-# {label of a run: (its name in the picture, its color, where the name stands beside the end of its line at the left)}
-PICTURE = {
-    "dpo": ("DPO\nβ = 0.1", "tab:red", "right"),
-    "tdpo1": ("TDPO1", "tab:purple", "above"),
-    "dpo β=0.3": ("DPO\nβ = 0.3", "tab:orange", "above"),
-    "tdpo2 α=0.5": ("TDPO2\nα = 0.5", "tab:blue", "above"),
-    "dpo β=1": ("DPO\nβ = 1", "tab:olive", "left"),
-}
-BESIDE = {
-    "above": dict(xytext=(0, 6), ha="center", va="bottom"),
-    "left": dict(xytext=(-8, 0), ha="right", va="center"),
-    "right": dict(xytext=(8, 0), ha="left", va="center"),
-}
-
-
-def picture(results):
-    """A figure of the PICTURE's runs: reward against KL, and the KL of the rejected responses by step. Points are means
-    over seeds, and each line has its name at its end."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    left.set(title="reward of the samples", xlabel="their distance from the reference, KL(π ‖ π_ref), nats",
-             xscale="log", xlim=(0.03, 70), ylim=(0, 0.53))
-    left.set_xticks([0.1, 1, 10], ["0.1", "1", "10"])
-    right.set(title="KL(π_ref ‖ π) of the rejected responses, nats", xlabel="step", xlim=(0, 155), ylim=(0, 19.5))
-    right.set_xticks(range(0, 121, 20))
-
-    logs = mean_logs([result for result in results if result["label"] in PICTURE])
-    for label, (name, color, place) in PICTURE.items():
-        # the reference itself, at KL 0, has no place on a logarithmic axis
-        evals = [record for record in logs[label] if record.get("eval_sample_rkl", 0) > 0]
-        steps = [record for record in logs[label] if "kl_l" in record]
-        for axis, records, x, y in ((left, evals, "eval_sample_rkl", "eval_reward"), (right, steps, "step", "kl_l")):
-            xs, ys = [record[x] for record in records], [record[y] for record in records]
-            axis.plot(xs, ys, "o-", color=color, markersize=3)
-            words = dict(text=name, xy=(xs[-1], ys[-1]), textcoords="offset points", color=color)
-            if axis is left:
-                axis.annotate(**words, **BESIDE[place])
-            else:
-                axis.annotate(**{**words, "text": name.replace("\n", ", ")}, **BESIDE["right"])
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
-# -----------------------------------------------------------------------------
 # the tables that stand in README.md and assets/RESULTS.md, each between <!-- table NAME --> and <!-- end -->
 
 REVIEWS = [0.3, 0.75, 1, 2]
 IMDB = [0.25, 0.5, 1]
+# the runs of README.md's first picture, and the methods that an edited objective is compared with
+SHOWN = ["dpo", "tdpo1", "dpo β=0.3", "tdpo2 α=0.5", "dpo β=1"]
 EDITS = {"ipo": "dpo", "lndpo": "dpo", "tdpo2r": "tdpo2 α=0.5"}
 
 # {name: (function, its data in assets/, its further arguments)}
 TABLES = {
     "reviews": (table, "reviews.json.gz", REVIEWS),
-    "reviews, ends": (ends, "reviews.json.gz", [0.3, 1], list(PICTURE)),
+    "reviews, ends": (ends, "reviews.json.gz", [0.3, 1], SHOWN),
     "reviews, edits": (differences, "reviews.json.gz", REVIEWS, EDITS),
     "reviews-half": (table, "reviews-half.json.gz", REVIEWS),
     "imdb": (table, "imdb.json.gz", IMDB),
@@ -453,8 +405,7 @@ def with_tables(texts):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, prog="python -m extras.compare")
-    parser.add_argument("what", nargs="?", choices=("tables", "picture"),
-                        help="write the tables of the project's results, or draw README's first picture, again")
+    parser.add_argument("what", nargs="?", choices=("tables",), help="write the tables of the project's results again")
     parser.add_argument("--runs", default="", help="directories of train.py, or .json (.gz) files that this script "
                         "wrote, commas between; * and ? match")
     parser.add_argument("--only", nargs="*", default=[], help="of these the runs with these names, say dpo (all)")
@@ -473,10 +424,6 @@ if __name__ == "__main__":
         for path, text in zip(paths, with_tables(texts)):
             with open(path, "w", encoding="utf-8") as f:
                 f.write(text)
-        sys.exit()
-    if args.what == "picture":
-        results = read_json(os.path.join(PROJECT, "assets", "reviews.json.gz"))
-        picture(results).savefig(os.path.join(PROJECT, "assets", "frontier.png"), dpi=100)
         sys.exit()
     if not args.runs:
         parser.error("--runs names directories of train.py, or .json files that this script wrote")

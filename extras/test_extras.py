@@ -450,17 +450,3 @@ def test_the_tables_of_the_results_are_those_of_the_data():
     # a number that somebody has changed in each table is changed back
     edited = [re.sub(r"(<!-- table (?:reviews|imdb).*?-->.*?\d)\.\d", r"\1.x", text, flags=re.S) for text in texts]
     assert sum(text.count(".x") for text in edited) == len(compare.TABLES) and compare.with_tables(edited) == texts
-
-
-def test_the_lines_of_the_first_picture_end_where_the_runs_do():
-    pytest.importorskip("matplotlib")
-    results = compare.read_json(os.path.join(HERE, "assets", "reviews.json.gz"))
-    left, right = compare.picture(results).axes
-    for label, (name, *_) in compare.PICTURE.items():
-        runs = [r for r in results if r["label"] == label]
-        reward, kl = (sum(r[x] for r in runs) / len(runs) for x in ("reward", "sample_rkl"))
-        rejected = sum(r["curves"][-1]["kl_l"] for r in runs) / len(runs)
-        for axis, words, end in ((left, name, (kl, reward)), (right, name.replace("\n", ", "), (120, rejected))):
-            (text,) = [x for x in axis.texts if x.get_text() == words]
-            assert len(runs) == 8 and text.xy == approx(end, rel=1e-4)
-            assert any(line.get_xydata()[-1] == approx(end, rel=1e-4) for line in axis.lines)
