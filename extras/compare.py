@@ -439,9 +439,6 @@ if __name__ == "__main__":
         try:
             if source.endswith((".json", ".json.gz")):
                 for result in read_json(source):
-                    # the same run may be in two files
-                    if result in results:
-                        continue
                     if not are_seeds(result["label"], result, results):
                         result["label"] += f" of {source}"
                     results.append(result)

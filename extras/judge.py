@@ -38,7 +38,7 @@ def answer(model, tokenizer, conversations, args):
                 sys.exit(f"error: question {n + 1} {error}")
             if len(prompts[n]) >= positions:
                 sys.exit(f"error: turn {turn + 1} of question {n + 1} leaves no room for an answer within {positions} "
-                         "positions: leave this question out, or choose a smaller --max_new_tokens")
+                         "positions: leave this question out")
 
         drawn = generate(model, tokenizer, list(prompts.values()), args.max_new_tokens, 1, args.temperature, args.top_p,
                          args.seed + turn)
