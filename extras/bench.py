@@ -223,21 +223,19 @@ def bench_tests(expression):
     return {"passed": count.passed}
 
 
-def random_model(name):
+def random_model(name, device=DEVICE):
     """(model, tokenizer): random weights in fp32 on the device, and the words of the embedded task."""
     _, tokenizer = scratch_model(0)
     torch.manual_seed(0)
     config = copy.deepcopy(MODELS[name])
     config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
-    with torch.device(DEVICE):
+    with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), tokenizer
 
 
-def mfu(name, tokens_per_s, labels_per_s, adapters, peak):
+def mfu(model, tokens_per_s, labels_per_s, adapters, peak):
     """The share of the peak FLOP/s that training steps of a model reach. labels_per_s counts the response tokens, which
     are the only ones that the output layer sees."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(MODELS[name])
     outer = {id(x.weight): x.weight for x in (model.get_input_embeddings(), model.get_output_embeddings())}
     body = sum(p.numel() for p in model.parameters()) - sum(weight.numel() for weight in outer.values())
     head = model.get_output_embeddings().weight.numel()
@@ -305,6 +303,7 @@ def bench_steps(name, steps, batch, sizes, *options):
     shutil.rmtree(folder)
     # the same steps: how full the rows are, the loss's share of the time, and MFU on a card that is known
     peak = PEAK_FLOPS.get(card())
+    model, _ = random_model(name, "meta")
     row_tokens = int(re.search(r"rows: up to (\d+) tokens", said.getvalue())[1])
     adapters = any("--lora_rank" in option for option in options)
     for record, (begin, _), (end, losses) in zip(log, ends[2:], ends[3:]):
@@ -314,7 +313,7 @@ def bench_steps(name, steps, batch, sizes, *options):
         record["gib"] = record["peak_gib"]
         if peak:
             labels_per_s = sum(count for _, _, count in losses) * steps_per_s
-            record["mfu"] = mfu(name, record["tokens_per_s"], labels_per_s, adapters, peak)
+            record["mfu"] = mfu(model, record["tokens_per_s"], labels_per_s, adapters, peak)
     found = {key: float(np.median([x[key] for x in log])) for key in COLUMNS if key in log[0]}
     return {**found, "costs": costs(profiler)}
 

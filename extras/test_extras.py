@@ -162,7 +162,8 @@ def test_mfu_counts_each_product_of_a_step(adapters):
                              ("toy", 2 * (12 * 32**2 + 13 * 32) + 2 * 32 + 1024 * 32, 2048 * 32)):
         # two passes of the policy and one of the reference, and the gradient of the weights
         flops = 1000 * body * (2 + 2 + 2 + 2) + 600 * head * (2 + 2 + 2 + 2 * (not adapters))
-        assert bench.mfu(name, 1000, 600, adapters, 1e12) == approx(flops / 1e12)
+        model, _ = bench.random_model(name, "meta")
+        assert bench.mfu(model, 1000, 600, adapters, 1e12) == approx(flops / 1e12)
 
 
 def test_the_day_on_a_gpu_takes_less_than_twelve_minutes():
