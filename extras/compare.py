@@ -152,6 +152,7 @@ def references(results):
     return list(found.values())
 
 
+@functools.lru_cache
 def read_json(path):
     """What a .json or .json.gz file holds."""
     opener = gzip.open if path.endswith(".gz") else open
@@ -380,23 +381,30 @@ for base in ("dpo", "dpo β=0.3", "dpo β=1"):
     TABLES[f"imdb-second, less {base}"] = (differences_from, "imdb-second.json.gz", IMDB, base)
 
 
-def with_table(text, name, lines):
-    """The text with these lines between its two markers, or as it was if it does not have them."""
-    before, marker, rest = text.partition(f"<!-- table {name} -->\n")
-    if not marker:
-        return text
-    return before + marker + "\n".join(lines) + "\n" + rest[rest.index("<!-- end -->"):]
-
-
-def with_tables(texts):
-    """The texts, in which each of the TABLES is made anew from its data."""
-    loaded = {}
+def result_tables():
+    """{name: lines} of all TABLES."""
+    tables = {}
     for name, (function, data, *arguments) in TABLES.items():
-        if data not in loaded:
-            loaded[data] = read_json(os.path.join(PROJECT, "assets", data))
-        lines = function(loaded[data], *arguments)
-        texts = [with_table(text, name, lines) for text in texts]
-    return texts
+        tables[name] = function(read_json(os.path.join(PROJECT, "assets", data)), *arguments)
+    return tables
+
+
+def with_tables(text, tables):
+    """The text with each of the tables, {name: lines}, between its two markers, if the text has them."""
+    for name, lines in tables.items():
+        before, marker, rest = text.partition(f"<!-- table {name} -->\n")
+        if marker:
+            text = before + marker + "\n".join(lines) + "\n" + rest[rest.index("<!-- end -->"):]
+    return text
+
+
+def write_tables(name, tables):
+    """Write tables between their markers in a file of the project."""
+    path = os.path.join(PROJECT, name)
+    with open(path, encoding="utf-8") as f:
+        text = f.read()
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(with_tables(text, tables))
 
 
 # -----------------------------------------------------------------------------
@@ -416,14 +424,9 @@ if __name__ == "__main__":
     args = parse(parser)
 
     if args.what == "tables":
-        paths = [os.path.join(PROJECT, name) for name in ("README.md", "assets/RESULTS.md")]
-        texts = []
-        for path in paths:
-            with open(path, encoding="utf-8") as f:
-                texts.append(f.read())
-        for path, text in zip(paths, with_tables(texts)):
-            with open(path, "w", encoding="utf-8") as f:
-                f.write(text)
+        tables = result_tables()
+        for name in ("README.md", "assets/RESULTS.md"):
+            write_tables(name, tables)
         sys.exit()
     if not args.runs:
         parser.error("--runs names directories of train.py, or .json files that this script wrote")

@@ -10,7 +10,6 @@ takes for itself is not counted: leave 5 % of a card free.
 """
 import argparse
 import copy
-import os
 import sys
 
 import train        # before torch, because it sets up the memory of the process
@@ -18,11 +17,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen2Config
 
-from extras.compare import PROJECT, with_table
+from extras.compare import write_tables
 from sample import parse
 from tdpo import CHUNK_BYTES
 
-README = os.path.join(PROJECT, "README.md")
 # options of train.py that bear on memory
 OPTIONS = ("init_from", "method", "optimizer", "lora_rank", "checkpoint_activations", "batch_size", "micro_tokens")
 
@@ -238,9 +236,6 @@ def table():
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["table"]:
-        with open(README, encoding="utf-8") as f:
-            text = with_table(f.read(), "fits", table())
-        with open(README, "w", encoding="utf-8") as f:
-            f.write(text)
+        write_tables("README.md", {"fits": table()})
     else:
         report(read_options(sys.argv[1:]))
