@@ -40,8 +40,8 @@ DEVICE = sample.DEVICES[0]
 
 
 def run_command(command, limit):
-    """(exit code, output) of a command and of what it starts, which all end with it. RuntimeError: it takes longer than
-    limit seconds."""
+    """Run a command: (exit code, output). All processes that it has started end with it. RuntimeError: it takes longer
+    than limit seconds."""
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, cwd=PROJECT, stdout=output, stderr=output, process_group=0)
         try:
@@ -123,7 +123,7 @@ def card():
 
 
 def wait():
-    """Until the device has done its work."""
+    """Wait until the device has done its work."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
 
@@ -208,7 +208,7 @@ HH, LONG = (), (512, 7680, 7680)
 
 
 def bench_tests(expression):
-    """How many tests of test_tdpo.py have passed. RuntimeError: not all that the expression selects, or none."""
+    """Run the tests of test_tdpo.py that the expression selects. RuntimeError: one of them fails, or none is run."""
     import pytest
 
     class Count:
@@ -246,7 +246,7 @@ def mfu(model, tokens_per_s, labels_per_s, adapters, peak):
 
 
 def random_pairs(count, sizes):
-    """Pairs of random words. HH's prompts have 100 tokens in the middle, and its responses 65."""
+    """Pairs of random words. HH's prompts have a median of 100 tokens, and its responses of 65."""
     _, tokenizer = scratch_model(0)
     rng, rows = np.random.default_rng(0), []
     for _ in range(count):
@@ -261,7 +261,7 @@ class Enough(Exception):
 
 
 def bench_steps(name, steps, batch, sizes, *options):
-    """Steps of train.py: medians of those between the third and the last two, and the largest costs of the last."""
+    """Steps of train.py: medians over those between the third and the last two, and the largest costs of the last."""
     folder, said = tempfile.mkdtemp(), io.StringIO()
     with open(folder + "/pairs.jsonl", "w") as f:
         f.writelines(json.dumps(row) + "\n" for row in random_pairs(steps * batch + 40, sizes))
@@ -328,7 +328,7 @@ def moment():
 
 
 def seconds(begin, end):
-    """From one moment to another, when all work is done."""
+    """Seconds from one moment to a later one; the work between them must be done."""
     return begin.elapsed_time(end) / 1000 if DEVICE == "cuda" else end - begin
 
 
@@ -344,7 +344,7 @@ def costs(profiler):
 
 
 def bench_trl(name, steps, batch, accumulate, sizes):
-    """Steps of TRL's DPOTrainer as it comes, in bf16."""
+    """Steps of TRL's DPOTrainer with its defaults, in bf16."""
     from trl import DPOConfig, DPOTrainer
     from datasets import Dataset
     folder, ends = tempfile.mkdtemp(), []
@@ -366,8 +366,8 @@ def bench_trl(name, steps, batch, accumulate, sizes):
 # -----------------------------------------------------------------------------
 # the day
 
-# in order of worth, {name: (the seconds that it may take, goals and public figures, function, arguments)}. The seconds of
-# the day on a GPU add up to less than twelve minutes
+# items in order of worth, {name: (the seconds that it may take, goals and public figures, function, arguments)}. On a
+# GPU the seconds add up to less than twelve minutes
 DAYS = {}
 DAYS["gpu"] = {
     "tests of compiled rows": (100, "all pass", bench_tests, ("gpu_compiled_flex",)),
@@ -439,7 +439,6 @@ def run_day(folder, kind):
             result = {"failed": str(error)}
         result.update(took=time.time() - began, torch=torch.__version__, transformers=hf.__version__)
         found[name] = result
-        found = {name: found[name] for name in items if name in found}
 
         # at once, because the machine may be gone before the next one
         for suffix, text in ((".json", json.dumps(found, indent=1)), (".md", report(items, found))):

@@ -9,7 +9,6 @@ straight lines, first cross that KL(policy || reference). A difference is taken 
 same prefixes. OUT.json keeps everything that the tables and the figure need, so it can be given to --runs later.
 """
 import argparse
-import ast
 import functools
 import glob
 import gzip
@@ -28,19 +27,17 @@ from sample import create, parse, writable
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 # -----------------------------------------------------------------------------
-# results of runs, and which runs are seeds of the same
+# results of runs, and which runs differ only in their seed
 
-# options that may differ among the runs of a line
+# options that may differ among runs that share a line
 OWN = ("seed", "out_dir", "resume", "overwrite", "device", "compile", "micro_tokens", "checkpoint_activations",
        "wandb_log", "log_interval", "max_steps")
 
+
 def objective_of(folder):
-    """The code of tdpo.py in a folder, without its comments, or "" if there is none."""
-    path = os.path.join(folder, "tdpo.py")
-    if not os.path.exists(path):
-        return ""
-    with open(path, encoding="utf-8") as f:
-        return ast.unparse(ast.parse(f.read()))
+    """The text of tdpo.py in a folder. A run's folder has a copy of the one that it was trained with."""
+    with open(os.path.join(folder, "tdpo.py"), encoding="utf-8") as f:
+        return f.read()
 
 
 def short_hash(*values):
@@ -61,17 +58,15 @@ def from_log(folder, run):
         for name in SCORES:
             values[name] = round(record["eval_" + name], 5)
             values[name + "_se"] = round(record[f"eval_{name}_se"], 5)
-        # each sample's own, so that two runs can be compared prefix by prefix
-        path = os.path.join(folder, "evals", f"{record['step']}.jsonl")
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as f:
-                samples = [json.loads(line) for line in f]
-            values["rewards"] = [round(sample["reward"], 3) for sample in samples]
-            values["rkls"] = [round(sample["rkl"], 2) for sample in samples]
-            # the same samples before training: the same model, length and random numbers
-            if not evals:
-                drawn = [[sample["prompt"], sample["tokens"]] for sample in samples]
-                pair = short_hash(drawn, os.path.basename(run["reward"]))
+        with open(os.path.join(folder, "evals", f"{record['step']}.jsonl"), encoding="utf-8") as f:
+            samples = [json.loads(line) for line in f]
+        # the values of each sample, so that two runs can be compared prefix by prefix
+        values["rewards"] = [round(sample["reward"], 3) for sample in samples]
+        values["rkls"] = [round(sample["rkl"], 2) for sample in samples]
+        # runs that drew the same samples before training began with the same model, length and random numbers
+        if not evals:
+            drawn = [[sample["prompt"], sample["tokens"]] for sample in samples]
+            pair = short_hash(drawn, os.path.basename(run["reward"]))
         evals.append(values)
     if len(evals) < 2:
         sys.exit(f"error: {folder} has logged no evaluation after its first")
@@ -82,12 +77,12 @@ def from_log(folder, run):
     for begin in range(0, len(steps), 10):
         block = steps[begin:begin + 10]
         point = {"step": block[-1]["step"]}
-        for name in ("kl_w", "kl_l", "kl_gap"):
+        for name in ("kl_w", "kl_l"):
             mean = np.mean([record[name] for record in block])
             point[name] = round(float(mean), 4)
         curves.append(point)
 
-    # runs know their files by absolute paths: of those below this folder the end counts
+    # runs know their files by absolute paths; of a file below this folder only the relative path counts
     shared = {name: value for name, value in run.items() if name not in OWN}
     for name in ("data", "init_from", "ref_from", "reward", "texts"):
         shared[name] = run[name].removeprefix(os.getcwd() + os.sep)
@@ -103,32 +98,27 @@ def from_log(folder, run):
     }
 
 
-def label_of(result, run, others):
-    """The name of a run's line: its method's, its directory's without a seed in front, or its whole path. It is the
-    first one that no other result has, except for other seeds of the same."""
-    label = run["method"]
+def names_of(folder, run):
+    """Names for the line of a run: its method's, its directory's without a seed in front, and its whole path."""
+    name = run["method"]
     if run["method"] == "tdpo2":
-        label += f" α={run['alpha']:g}"
+        name += f" α={run['alpha']:g}"
     if run["beta"] != 0.1:
-        label += f" β={run['beta']:g}"
-    labels = [label, re.sub(r"^\d+-", "", os.path.basename(result["run"])), result["run"]]
+        name += f" β={run['beta']:g}"
+    names = [name, re.sub(r"^\d+-", "", os.path.basename(folder)), folder]
     # an edited objective does not have the name of the paper's
-    if objective_of(result["run"]) not in ("", objective_of(PROJECT)):
-        labels.pop(0)
-    for label in labels:
-        if are_seeds(label, result, others):
+    if objective_of(folder) != objective_of(PROJECT):
+        names.pop(0)
+    return names
+
+
+def first_free(names, result, others):
+    """The first of the names that no other result has, except for other seeds of the same setting."""
+    for name in names:
+        same = [other for other in others if other["label"] == name]
+        if all(x.get("setting") == result.get("setting") and x["seed"] != result["seed"] for x in same):
             break
-    return label
-
-
-def are_seeds(label, result, others):
-    """Whether all others with this label are other seeds of the same setting."""
-    for other in others:
-        if other["label"] != label:
-            continue
-        if other.get("setting") != result.get("setting") or other["seed"] == result["seed"]:
-            return False
-    return True
+    return name
 
 
 def by_label(results):
@@ -201,7 +191,7 @@ DRAWS = 2000
 
 @functools.lru_cache
 def drawn_prefixes(n):
-    """How often each of n prefixes is in a draw of n of them (DRAWS + 1, n); in the first draw each is once."""
+    """How often each of n prefixes is in a draw of n of them (DRAWS + 1, n); the first draw has each of them once."""
     rng = np.random.default_rng(n)
     return np.vstack([np.ones(n), rng.multinomial(n, np.full(n, 1 / n), DRAWS)])
 
@@ -243,7 +233,7 @@ def compare_at(level, curves, count):
         if np.isfinite(difference[0]) and np.isfinite(difference).mean() >= 0.95:
             found.append(difference)
 
-    # the runs that come as far are the ones that move fast, so the mean of a part would mislead
+    # the runs that reach the level first are those that move fast, so the mean of only some runs would mislead
     n = len(found)
     if n < count:
         return None, n
@@ -261,7 +251,7 @@ def compare_at(level, curves, count):
 
 
 def compared(runs, others, levels):
-    """A cell for each level with what `compare` finds, or with how many of the runs come as far."""
+    """A cell for each level with what `compare` finds, or with how many of the runs reach the level."""
     cells = []
     for found, reached in compare(runs, others, levels):
         cell = "–"
@@ -303,7 +293,7 @@ def table(results, levels):
 
 
 def differences(results, levels, bases):
-    """Rewards at equal KL, less those of runs of the same seed and prefixes: a line for each label in bases, which is
+    """Rewards at equal KL, minus those of runs of the same seed and prefixes: a line for each label in bases, which is
     {label: the label of the runs that are subtracted}."""
     groups, rows = by_label(results), []
     for label, base in bases.items():
@@ -318,8 +308,8 @@ def differences(results, levels, bases):
 
 
 def differences_from(results, levels, base):
-    """The same, less one label, for all others that were evaluated more than once."""
-    bases = {r["label"]: base for r in results if r["label"] != base and r["evals"]}
+    """The same table with one label subtracted from all others."""
+    bases = {r["label"]: base for r in results if r["label"] != base}
     return differences(results, levels, bases)
 
 
@@ -416,10 +406,10 @@ if __name__ == "__main__":
     parser.add_argument("what", nargs="?", choices=("tables",), help="write the tables of the project's results again")
     parser.add_argument("--runs", default="", help="directories of train.py, or .json (.gz) files that this script "
                         "wrote, commas between; * and ? match")
-    parser.add_argument("--only", nargs="*", default=[], help="of these the runs with these names, say dpo (all)")
+    parser.add_argument("--only", nargs="*", default=[], help="use only the runs with these names, for example dpo (all)")
     parser.add_argument("--at_kl", type=float, nargs="*", default=[1, 2], help="KLs to compare rewards at (1 2)")
-    parser.add_argument("--against", nargs="*", default=[], help="names of runs, say dpo: adds a table of the "
-                        "differences from each at these KLs, paired by seed and prefix")
+    parser.add_argument("--against", nargs="*", default=[], help="names of runs, for example dpo: adds a table of "
+                        "the differences from each at these KLs, paired by seed and prefix")
     parser.add_argument("--out", default="out/compared", help="writes OUT.json and OUT.png (out/compared)")
     args = parse(parser)
 
@@ -442,14 +432,12 @@ if __name__ == "__main__":
         try:
             if source.endswith((".json", ".json.gz")):
                 for result in read_json(source):
-                    if not are_seeds(result["label"], result, results):
-                        result["label"] += f" of {source}"
-                    results.append(result)
+                    names = [result["label"], f"{result['label']} of {source}"]
+                    results.append({**result, "label": first_free(names, result, results)})
             else:
                 run = read_json(os.path.join(source, "options.json"))
                 result = from_log(source, run)
-                result["label"] = label_of(result, run, results)
-                results.append(result)
+                results.append({**result, "label": first_free(names_of(source, run), result, results)})
         except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
             parser.error(f"{source} holds no run of a sentiment task, and nothing that this script wrote: {error}")
 
@@ -466,8 +454,8 @@ if __name__ == "__main__":
         lines = [json.dumps(result, ensure_ascii=False) for result in results]
         f.write("[" + ",\n".join(lines) + "]\n")
     print("\n" + "\n".join(table(results, args.at_kl)))
-    print("\n±: half of a 95 % interval, over seeds or, if that is wider, over samples; after brackets Student's t "
-          "over seeds. In brackets: a 95 % bootstrap interval over seeds and prefixes. Nats")
+    print("\n± is half of a 95 % interval: over seeds or, if that is wider, over samples; after brackets, Student's t "
+          "over seeds. Brackets hold a 95 % bootstrap interval over seeds and prefixes. KLs and entropies are in nats")
     for against in args.against:
         print("\n" + "\n".join(differences_from(results, args.at_kl, against)))
     print(f"\nwrote {args.out}.json")

@@ -1,7 +1,7 @@
 """Show which tokens carry the divergence: responses of a checkpoint, each token shaded by its share.
 
     python -m extras.show --model=out/reviews-tdpo2                         # in the terminal, by the share of the KL
-    python -m extras.show --model=out/reviews-tdpo2 --html=kl.html          # as a page, too
+    python -m extras.show --model=out/reviews-tdpo2 --html=kl.html          # and as a page
     python -m extras.show --model=DIR --show=surprisal --prompt="This film was"
 
 A token's share is its part of the response's sum of absolute values. Red tokens are above 0 and blue ones below.
@@ -37,7 +37,7 @@ def color_of(share):
 
 
 def token_texts(tokenizer, prompt, response):
-    """The text that each token adds to those before it. Of the tokens of one character, the last one has its text."""
+    """The text that each token adds to those before it. If a character is several tokens, the last one has its text."""
     texts = []
     done = tokenizer.decode(prompt)
     for n in range(1, len(response) + 1):

@@ -1,6 +1,5 @@
 """Tests of extras/: python -m pytest -q extras"""
 import glob
-import gzip
 import html
 import importlib.util
 import json
@@ -155,23 +154,22 @@ def test_cards_are_known_by_their_full_names():
     assert peaks == [989e12, 756e12, 835e12, None, None]
 
 
-@pytest.mark.parametrize("adapters", [False, True])
-def test_mfu_counts_each_product_of_a_step(adapters):
-    """A model's sizes by hand, tied and untied: layers, then the output layer for the response tokens only."""
-    for name, body, head in (("7B", 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 4096, 32000 * 4096),
-                             ("toy", 2 * (12 * 32**2 + 13 * 32) + 2 * 32 + 1024 * 32, 2048 * 32)):
-        # two passes of the policy and one of the reference, and the gradient of the weights
-        flops = 1000 * body * (2 + 2 + 2 + 2) + 600 * head * (2 + 2 + 2 + 2 * (not adapters))
-        model, _ = bench.random_model(name, "meta")
-        assert bench.mfu(model, 1000, 600, adapters, 1e12) == approx(flops / 1e12)
-
-
 def test_the_day_on_a_gpu_takes_less_than_twelve_minutes():
     assert sum(limit for limit, *_ in bench.DAYS["gpu"].values()) <= 700
 
 
+@pytest.mark.parametrize("adapters", [False, True])
+def test_mfu_counts_the_products_of_a_step(adapters):
+    """Llama's has separate input and output embeddings, GPT-2's are the same; the sizes are by hand."""
+    for name, body, head in (("7B", 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 4096, 32000 * 4096),
+                             ("toy", 2 * (12 * 32**2 + 13 * 32) + 2 * 32 + 1024 * 32, 2048 * 32)):
+        model, _ = bench.random_model(name, "meta")
+        flops = 8 * 1000 * body + (6 if adapters else 8) * 600 * head
+        assert bench.mfu(model, 1000, 600, adapters, 1e12) == approx(flops / 1e12)
+
+
 def test_the_day_on_a_gpu_works_at_toy_sizes_and_continues(tmp_path, monkeypatch):
-    calls, began = [], time.time()
+    calls = []
 
     def in_fork(command, limit):
         """Faster than a new process that imports everything. The first one fails."""
@@ -180,7 +178,6 @@ def test_the_day_on_a_gpu_works_at_toy_sizes_and_continues(tmp_path, monkeypatch
         return Run("extras/bench.py", *command[3:]).end() if len(calls) > 1 else (1, "it | failed")
     monkeypatch.setattr(bench, "run_command", in_fork)
     found = bench.run_day(str(tmp_path), "toy")
-    print(f"{time.time() - began:.1f} s")
     failed = {name: values.pop("failed") for name, values in found.items() if "failed" in values}
     assert failed.pop("tests") == "exit code 1: it | failed"
     if not importlib.util.find_spec("trl"):
@@ -228,7 +225,7 @@ def models(tmp_path, monkeypatch):
 
 
 def test_each_token_has_its_text_and_its_share():
-    """Of letters that are several tokens, the last shows them; shades are shares, and nothing is lost or executed."""
+    """If a letter is several tokens, the last one shows it. No text is lost, and none is read as HTML."""
     letters = bytes_tokenizer()
     prompt, response = letters("né")["input_ids"], letters("ö<b>\n€")["input_ids"]
     texts = show.token_texts(letters, prompt, response)
@@ -244,7 +241,7 @@ def test_each_token_has_its_text_and_its_share():
 
 
 def test_show_shades_the_responses_that_sample_draws(models):
-    """Both draw the same ones from a seed: their text is the response, and their sums are what sample.py measured."""
+    """Both scripts draw the same responses from a seed, and the sums are those that sample.py measured."""
     options = ["--model=tuned", "--num_prompts=2", "--max_new_tokens=20"]
     says(0, "over 2 prompts", "sample.py", *options, "--out=rows.jsonl")
     rows = lines_of("rows.jsonl")
@@ -315,20 +312,17 @@ def test_a_second_turn_follows_the_models_own_answer(models, monkeypatch):
 REWARDS = {0: 0.0, 4: 0.2, 8: 0.5}          # the mean at each evaluation of the run that `write_run` makes
 
 
-def write_run(folder, seed=1, rewards=REWARDS, edit=("", ""), **options):
+def write_run(folder, seed=1, rewards=REWARDS, edit="", **options):
     """A directory as train.py writes it: 20 steps, three evaluations with the samples of 24 prefixes."""
     os.makedirs(f"{folder}/evals")
     options = {"seed": seed, "data": "reviews", "method": "tdpo2", "alpha": 0.5, "beta": 0.1, "out_dir": str(folder),
                "init_from": f"reviews-sft-{seed}", "ref_from": "", "reward": "exact", "texts": "", **options}
     with open(f"{folder}/options.json", "w") as f:
         json.dump(options, f)
-    with open(f"{compare.PROJECT}/tdpo.py", encoding="utf-8") as f:
-        objective = f.read()
-    assert edit[0] in objective
     with open(f"{folder}/tdpo.py", "w", encoding="utf-8") as f:
-        f.write(objective.replace(*edit))
+        f.write(text_of("tdpo.py") + edit)
     noise = np.random.default_rng(seed).normal(size=24)
-    records = [{"step": n, "kl_w": 0.1 * n, "kl_l": 0.2 * n, "kl_gap": 0.1 * n, "loss": 0.6} for n in range(1, 21)]
+    records = [{"step": n, "kl_w": 0.1 * n, "kl_l": 0.2 * n, "loss": 0.6} for n in range(1, 21)]
     for step, mean in rewards.items():
         samples = []
         for n in range(24):
@@ -361,7 +355,7 @@ def compared(*args):
 
 
 def test_rewards_at_a_kl_are_compared_seed_by_seed_and_prefix_by_prefix():
-    """Against draws that are made one by one, when the prefixes differ far more than the methods do."""
+    """Compared with draws that are made one by one. The prefixes differ far more than the methods do."""
     rng, runs = np.random.default_rng(1), {}
     for label, gain in (("dpo", 0.0), ("tdpo2", 0.1)):
         runs[label] = []
@@ -417,11 +411,8 @@ def test_what_is_written_makes_the_same_tables(folder):
     at_2 = first + (second - first) * 2 / (4 * 1.115)
     assert re.search(rf"^\| tdpo2 α=0.5 \| {last:.3f} ± .* \| \+{at_2:.3f} \[.*\] \| – \| 1 × 24 \|$", out, re.M)
     assert seeds_of(out) == {"reference": 1, "tdpo2 α=0.5": 1}
-    assert result["curves"] == [{"step": 10, "kl_w": 0.55, "kl_l": 1.1, "kl_gap": 0.55},
-                                {"step": 20, "kl_w": 1.55, "kl_l": 3.1, "kl_gap": 1.55}]
-    with gzip.open("second.json.gz", "wb") as f:
-        f.write(open("first.json", "rb").read())
-    again = compared("--runs=second.json.gz", *levels, "--out=again")
+    assert result["curves"] == [{"step": 10, "kl_w": 0.55, "kl_l": 1.1}, {"step": 20, "kl_w": 1.55, "kl_l": 3.1}]
+    again = compared("--runs=first.json", *levels, "--out=again")
     assert re.findall(r"^\|.*", out, re.M) == re.findall(r"^\|.*", again, re.M)
     says(2, "nowhere holds no run", "extras/compare.py", "--runs=a,nowhere")
     says(2, "the runs are called tdpo2 α=0.5", "extras/compare.py", "--runs=a", "--against=dpo")
@@ -433,18 +424,14 @@ def test_runs_that_differ_only_in_their_seed_share_a_line(folder):
     # the same run once more is no second seed
     assert seeds_of(compared("--runs=tdpo2,others/1-x,tdpo2")) == {"reference": 1, "tdpo2 α=0.5": 1, "x": 1}
     # an edited objective has the name of the directory, which its seeds share if they differ in nothing else
-    edit = "loss = -F.logsigmoid(m)", "loss = torch.relu(1 - m)"
     for name, seed, rate in (("1-more", 1, 1e-4), ("2-more", 2, 1e-4), ("3-more", 3, 2e-4), ("4-more", 1, 1e-4)):
         # runs know their models by absolute paths
         start = os.path.join(os.getcwd() if seed == 2 else "", f"reviews-sft-{seed}")
-        write_run(name, seed, edit=edit, learning_rate=rate, init_from=start)
+        write_run(name, seed, edit="\nedited = True", learning_rate=rate, init_from=start)
     out = compared("--runs=tdpo2,?-more", "--at_kl", "2", "--against", "tdpo2 α=0.5")
     assert seeds_of(out) == {"reference": 3, "tdpo2 α=0.5": 1, "more": 2, "3-more": 1, "4-more": 1}
     assert "| more | tdpo2 α=0.5 | – (1 of 2 began alike) |" in out
     assert "| 4-more | tdpo2 α=0.5 | +0.000 [+0.000, +0.000] |" in out
-    # a different comment makes no different objective
-    write_run("commented", edit=("\nimport torch", "\n# a comment\nimport torch"))
-    assert seeds_of(compared("--runs=commented")) == {"reference": 1, "tdpo2 α=0.5": 1}
     out = compared("--runs=?-more,tdpo2", "--only", "tdpo2 α=0.5", "3-more", "--out=some")
     assert list(seeds_of(out)) == ["reference", "3-more", "tdpo2 α=0.5"]
     # a different seed joins what was written before; a run with other options does not
