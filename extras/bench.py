@@ -9,7 +9,6 @@ start it again, it continues with the items that are missing, and then tries tho
 """
 import argparse
 import contextlib
-import copy
 import functools
 import io
 import json
@@ -28,13 +27,12 @@ import numpy as np
 import torch
 import transformers as hf
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from transformers import AutoModelForCausalLM
 
 import sample
 import tdpo
 from eval_imdb import read_log, scratch_model
 from extras.compare import PROJECT
-from extras.memory import llama
+from extras.memory import build, llama
 
 DEVICE = sample.DEVICES[0]
 
@@ -227,10 +225,10 @@ def random_model(name, device=DEVICE):
     """(model, tokenizer): random weights in fp32 on the device, and the words of the embedded task."""
     _, tokenizer = scratch_model(0)
     torch.manual_seed(0)
-    config = copy.deepcopy(MODELS[name])
+    config = MODELS[name]
     config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), tokenizer
+        return build(config), tokenizer
 
 
 def mfu(model, tokens_per_s, labels_per_s, adapters, peak):

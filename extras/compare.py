@@ -137,7 +137,7 @@ def references(results):
         return []
     for r in results:
         if r["evals"] and abs(r["evals"][0]["sample_rkl"]) <= 1e-4:
-            first = {"run": r["run"], "label": "reference", "seed": r["seed"], "evals": [], "curves": []}
+            first = {"label": "reference", "seed": r["seed"], "evals": []}
             found.setdefault(r["seed"], {**r["evals"][0], **first})
     return list(found.values())
 
@@ -169,7 +169,7 @@ def interval(values, errors):
     half = 1.96 * np.linalg.norm(errors) / len(values)
     if len(values) > 1:
         half = max(half, student(values))
-    return float(np.mean(values)), float(half)
+    return np.mean(values), half
 
 
 def reward_at(kls, rewards, level):
@@ -247,7 +247,7 @@ def compare_at(level, curves, count):
     t = math.nan
     if n > 1:
         t = student(found[:, 0])
-    return (float(found[:, 0].mean()), float(low), float(high), float(t)), n
+    return (found[:, 0].mean(), low, high, t), n
 
 
 def compared(runs, others, levels):
@@ -334,7 +334,7 @@ def mean_logs(results):
     logs = {}
     for label, runs in by_label(results).items():
         logs[label] = []
-        for evals in zip(*[r["evals"] or [r] for r in runs]):
+        for evals in zip(*[r["evals"] for r in runs]):
             mean, half = interval([e["reward"] for e in evals], [e["reward_se"] for e in evals])
             kl = np.mean([e["sample_rkl"] for e in evals])
             logs[label].append({"step": evals[0]["step"], "eval_sample_rkl": kl, "eval_reward": mean,
@@ -406,10 +406,10 @@ if __name__ == "__main__":
     parser.add_argument("what", nargs="?", choices=("tables",), help="write the tables of the project's results again")
     parser.add_argument("--runs", default="", help="directories of train.py, or .json (.gz) files that this script "
                         "wrote, commas between; * and ? match")
-    parser.add_argument("--only", nargs="*", default=[], help="use only the runs with these names, for example dpo (all)")
+    parser.add_argument("--only", nargs="*", default=[], help="use only the runs with these names, such as dpo (all)")
     parser.add_argument("--at_kl", type=float, nargs="*", default=[1, 2], help="KLs to compare rewards at (1 2)")
-    parser.add_argument("--against", nargs="*", default=[], help="names of runs, for example dpo: adds a table of "
-                        "the differences from each at these KLs, paired by seed and prefix")
+    parser.add_argument("--against", nargs="*", default=[], help="names of runs, such as dpo: adds a table of the "
+                        "differences from each at these KLs, paired by seed and prefix")
     parser.add_argument("--out", default="out/compared", help="writes OUT.json and OUT.png (out/compared)")
     args = parse(parser)
 
@@ -460,7 +460,7 @@ if __name__ == "__main__":
         print("\n" + "\n".join(differences_from(results, args.at_kl, against)))
     print(f"\nwrote {args.out}.json")
     try:
-        draw(mean_logs(references(results) + results), args.out + ".png")
+        draw(mean_logs(results), args.out + ".png")
         print(f"wrote {args.out}.png")
     except ImportError:
         print("matplotlib is not installed, so no figure was drawn")

@@ -17,7 +17,6 @@ from sample import (create, encode_prompt, generate, measure, printable, respons
 
 # a token is one shade darker for each of these shares that its own share reaches
 SHADES = (0.02, 0.05, 0.1, 0.2, 0.4)
-LEGEND = "a token's share of its response's {} (absolute values; blue is below 0), from"
 PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title>
 <style>body {{ font: 17px/1.6 sans-serif; max-width: 60em; margin: 1em auto; padding: 0 1em }}
 p {{ white-space: pre-wrap; margin: 0.4em 0 }}</style>
@@ -121,7 +120,8 @@ if __name__ == "__main__":
                 spans = shaded(token_texts(tokenizer, prompt, response), values[args.show], args.show)
             entry.append((name, spans))
     scale = [Span(f" {shade:.0%} ", color_of(shade)) for shade in SHADES]
-    legend = [Span(LEGEND.format(args.show) + " "), *scale, Span(" on")]
+    words = f"a token's share of its response's {args.show} (absolute values; blue is below 0), from "
+    legend = [Span(words), *scale, Span(" on")]
 
     # the terminal
     for text, entry in zip(texts, shown):

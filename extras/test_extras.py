@@ -1,5 +1,4 @@
 """Tests of extras/: python -m pytest -q extras"""
-import glob
 import html
 import importlib.util
 import json
@@ -23,10 +22,8 @@ import eval_imdb
 from extras import bench, compare, judge, memory, show
 from test_tdpo import HERE, Run, bytes_tokenizer, lines_of, says, text_of, write_lines
 
-SCRIPTS = [os.path.basename(path)[:-3] for path in glob.glob(f"{HERE}/extras/*.py") if "test_" not in path]
 
-
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", ["bench", "compare", "judge", "memory", "show"])
 def test_every_script_has_help(name):
     out = says(0, r"usage: python -m extras\." + name, f"extras/{name}.py", "--help")
     assert f"python -m extras.{name} " in out.split("\n", 2)[2]
