@@ -4,12 +4,11 @@
     python -m extras.bench loss FOLDER      # the loss layer: 4096 tokens, vocabulary 50257, width 768
     python -m extras.bench toy FOLDER       # all of it at toy sizes
 
-It takes at most twelve minutes. After each item it writes FOLDER/gpu-CARD.json and FOLDER/gpu-CARD.md. Started again,
-it continues with the items that are missing, and then with those that failed.
+The first takes at most twelve minutes. After each item it writes FOLDER/gpu-CARD.json and FOLDER/gpu-CARD.md. If you
+start it again, it continues with the items that are missing, and then tries those that failed once more.
 """
 import argparse
 import contextlib
-import copy
 import functools
 import io
 import json
@@ -28,20 +27,19 @@ import numpy as np
 import torch
 import transformers as hf
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from transformers import AutoModelForCausalLM
 
 import sample
 import tdpo
 from eval_imdb import read_log, scratch_model
 from extras.compare import PROJECT
-from extras.memory import llama
+from extras.memory import build, llama
 
 DEVICE = sample.DEVICES[0]
 
 
 def run_command(command, limit):
-    """(exit code, output) of a command and of what it starts, which all end with it. RuntimeError: it takes longer than
-    limit seconds."""
+    """Run a command: (exit code, output). All processes that it has started end with it. RuntimeError: it takes longer
+    than limit seconds."""
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, cwd=PROJECT, stdout=output, stderr=output, process_group=0)
         try:
@@ -117,8 +115,13 @@ def loss_case(N, V, d, response, device):
     return *case, pair, chosen
 
 
+def card():
+    """The full name of the GPU, or cpu."""
+    return torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
+
+
 def wait():
-    """Until the device has done its work."""
+    """Wait until the device has done its work."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
 
@@ -174,6 +177,15 @@ def bench_forms(N, V, d, *forms):
 # -----------------------------------------------------------------------------
 # the day's items: tests, the loss layer, steps of train.py and of TRL on random weights
 
+# dense bf16 FLOP/s of cards by their full names, from NVIDIA's data sheets
+PEAK_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12, "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200": 989e12, "NVIDIA H200 NVL": 835e12,
+    "NVIDIA L40S": 362e12, "NVIDIA GeForce RTX 4090": 165e12,
+}
+
 
 def gemma(vocabulary, width, middle, layers, head):
     """Gemma 3 with full attention in every layer."""
@@ -194,7 +206,7 @@ HH, LONG = (), (512, 7680, 7680)
 
 
 def bench_tests(expression):
-    """How many tests of test_tdpo.py have passed. RuntimeError: not all that the expression selects, or none."""
+    """Run the tests of test_tdpo.py that the expression selects. RuntimeError: one of them fails, or none is run."""
     import pytest
 
     class Count:
@@ -209,18 +221,30 @@ def bench_tests(expression):
     return {"passed": count.passed}
 
 
-def random_model(name):
+def random_model(name, device=DEVICE):
     """(model, tokenizer): random weights in fp32 on the device, and the words of the embedded task."""
     _, tokenizer = scratch_model(0)
     torch.manual_seed(0)
-    config = copy.deepcopy(MODELS[name])
+    config = MODELS[name]
     config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
-    with torch.device(DEVICE):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), tokenizer
+    with torch.device(device):
+        return build(config), tokenizer
+
+
+def mfu(model, tokens_per_s, labels_per_s, adapters, peak):
+    """The share of the peak FLOP/s that training steps of a model reach. labels_per_s counts the response tokens, which
+    are the only ones that the output layer sees."""
+    outer = {id(x.weight): x.weight for x in (model.get_input_embeddings(), model.get_output_embeddings())}
+    body = sum(p.numel() for p in model.parameters()) - sum(weight.numel() for weight in outer.values())
+    head = model.get_output_embeddings().weight.numel()
+    # for each weight and token: 2 in the policy's forward pass, 4 in its backward pass, 2 in the reference's forward
+    # pass. Adapters leave the output layer without a gradient, which takes 2
+    head_flops = 6 if adapters else 8
+    return (8 * body * tokens_per_s + head_flops * head * labels_per_s) / peak
 
 
 def random_pairs(count, sizes):
-    """Pairs of random words. HH's prompts have 100 tokens in the middle, and its responses 65."""
+    """Pairs of random words. HH's prompts have a median of 100 tokens, and its responses of 65."""
     _, tokenizer = scratch_model(0)
     rng, rows = np.random.default_rng(0), []
     for _ in range(count):
@@ -235,20 +259,20 @@ class Enough(Exception):
 
 
 def bench_steps(name, steps, batch, sizes, *options):
-    """Steps of train.py: medians of those between the third and the last two, and the largest costs of the last."""
+    """Steps of train.py: medians over those between the third and the last two, and the largest costs of the last."""
     folder, said = tempfile.mkdtemp(), io.StringIO()
     with open(folder + "/pairs.jsonl", "w") as f:
         f.writelines(json.dumps(row) + "\n" for row in random_pairs(steps * batch + 40, sizes))
     profiler = torch.profiler.profile()
 
-    # the end of each step, and when its losses began and ended
+    # the end of each step, and of its losses the begin, the end and the number of tokens
     calls, ends = [], []
     fused_loss = tdpo.fused_tdpo_loss
 
-    def timed_loss(*args, **kwargs):
+    def timed_loss(hidden, *args, **kwargs):
         begin = moment()
-        result = fused_loss(*args, **kwargs)
-        calls.append((begin, moment()))
+        result = fused_loss(hidden, *args, **kwargs)
+        calls.append((begin, moment(), len(hidden)))
         return result
 
     def after_step(*_):
@@ -275,13 +299,19 @@ def bench_steps(name, steps, batch, sizes, *options):
 
     log = [record for record in read_log(folder + "/run") if "loss" in record][3:-1]
     shutil.rmtree(folder)
-    # the same steps: how full the rows are, and the loss's share of the time
+    # the same steps: how full the rows are, the loss's share of the time, and MFU on a card that is known
+    peak = PEAK_FLOPS.get(card())
+    model, _ = random_model(name, "meta")
     row_tokens = int(re.search(r"rows: up to (\d+) tokens", said.getvalue())[1])
+    adapters = any("--lora_rank" in option for option in options)
     for record, (begin, _), (end, losses) in zip(log, ends[2:], ends[3:]):
-        tokens = record["tokens_per_s"] / record["pairs_per_s"] * batch
-        record["full"] = tokens / (len(losses) * row_tokens)
-        record["loss_share"] = sum(seconds(*call) for call in losses) / seconds(begin, end)
+        steps_per_s = record["pairs_per_s"] / batch
+        record["full"] = record["tokens_per_s"] / steps_per_s / (len(losses) * row_tokens)
+        record["loss_share"] = sum(seconds(a, b) for a, b, _ in losses) / seconds(begin, end)
         record["gib"] = record["peak_gib"]
+        if peak:
+            labels_per_s = sum(count for _, _, count in losses) * steps_per_s
+            record["mfu"] = mfu(model, record["tokens_per_s"], labels_per_s, adapters, peak)
     found = {key: float(np.median([x[key] for x in log])) for key in COLUMNS if key in log[0]}
     return {**found, "costs": costs(profiler)}
 
@@ -296,7 +326,7 @@ def moment():
 
 
 def seconds(begin, end):
-    """From one moment to another, when all work is done."""
+    """Seconds from one moment to a later one; the work between them must be done."""
     return begin.elapsed_time(end) / 1000 if DEVICE == "cuda" else end - begin
 
 
@@ -312,7 +342,7 @@ def costs(profiler):
 
 
 def bench_trl(name, steps, batch, accumulate, sizes):
-    """Steps of TRL's DPOTrainer as it comes, in bf16."""
+    """Steps of TRL's DPOTrainer with its defaults, in bf16."""
     from trl import DPOConfig, DPOTrainer
     from datasets import Dataset
     folder, ends = tempfile.mkdtemp(), []
@@ -334,28 +364,26 @@ def bench_trl(name, steps, batch, accumulate, sizes):
 # -----------------------------------------------------------------------------
 # the day
 
-SECONDS = 720       # a day takes no longer
-
-# in order of worth, {name: (the seconds that it may take, goals and public figures, function, arguments)}
+# items in order of worth, {name: (the seconds that it may take, goals and public figures, function, arguments)}. On a
+# GPU the seconds add up to less than twelve minutes
 DAYS = {}
 DAYS["gpu"] = {
-    "tests of compiled rows": (120, "all pass", bench_tests, ("gpu_compiled_flex",)),
-    "tests of the fused loss": (60, "all pass", bench_tests, ("gpu_fused",)),
+    "tests of compiled rows": (100, "all pass", bench_tests, ("gpu_compiled_flex",)),
+    "tests of the fused loss": (40, "all pass", bench_tests, ("gpu_fused",)),
     "loss, V 151936, d 4096": (
-        60, "500 TFLOP/s; an H100, without a reference (6 of these 8 NVd): products 0.042 s, naive 0.059, TRL 0.167, "
+        40, "500 TFLOP/s; an H100, without a reference (6 of these 8 NVd): products 0.042 s, naive 0.059, TRL 0.167, "
         "Liger 0.192", bench_forms, (8192, 151936, 4096, "products", "fused", "naive")),
-    "gpt2-large, HH": (200, "MFU 0.5, 3 x TRL", bench_steps, ("gpt2-large", 12, 64, HH)),
-    "TRL, gpt2-large, HH, 1 x 8": (75, "", bench_trl, ("gpt2-large", 12, 1, 8, HH)),
-    "7B, adapters, HH": (200, "MFU 0.5", bench_steps, ("7B", 10, 64, HH, "--lora_rank=16")),
+    "gpt2-large, HH": (120, "MFU 0.5, 3 x TRL", bench_steps, ("gpt2-large", 12, 64, HH)),
+    "TRL, gpt2-large, HH, 1 x 8": (50, "", bench_trl, ("gpt2-large", 12, 1, 8, HH)),
+    "7B, adapters, HH": (100, "MFU 0.5", bench_steps, ("7B", 10, 64, HH, "--lora_rank=16")),
     "loss, V 262144, d 1152": (
-        60, "500 TFLOP/s; one long pair takes no more GiB than short ones", bench_forms,
+        40, "500 TFLOP/s; one long pair takes no more GiB than short ones", bench_forms,
         (8192, 262144, 1152, "products", "fused", "short pairs", "one long pair")),
-    "test of a compiled run": (100, "passes", bench_tests, ("gpu_compiled_run",)),
-    "gemma-3-1b, 2 x 8192 tokens": (150, "MFU 0.5; TRL 12.0 GiB", bench_steps, (
+    "test of a compiled run": (60, "passes", bench_tests, ("gpu_compiled_run",)),
+    "gemma-3-1b, 2 x 8192 tokens": (80, "MFU 0.5; TRL 12.0 GiB", bench_steps, (
         "gemma-3-1b", 8, 1, LONG, "--max_length=8200", "--checkpoint_activations=True")),
-    "gpt2-large, HH, again": (100, "MFU 0.5, 3 x TRL", bench_steps, ("gpt2-large", 12, 64, HH)),
-    "TRL, gpt2-large, HH, 8 x 1": (75, "", bench_trl, ("gpt2-large", 12, 8, 1, HH)),
-    "loss, V 50257, d 1280": (60, "500 TFLOP/s", bench_forms, (8192, 50257, 1280, "products", "fused", "naive")),
+    "TRL, gpt2-large, HH, 8 x 1": (40, "", bench_trl, ("gpt2-large", 12, 8, 1, HH)),
+    "loss, V 50257, d 1280": (30, "500 TFLOP/s", bench_forms, (8192, 50257, 1280, "products", "fused", "naive")),
 }
 DAYS["loss"] = {f"loss, {form}": (200, "", bench_loss, (form, 4096, 50257, 768)) for form in FORMS}
 DAYS["toy"] = {
@@ -389,30 +417,26 @@ def report(items, found):
 
 def run_day(folder, kind):
     """{name: the result} of all items that this day and those before it on this card have reached."""
-    end, items = time.time() + SECONDS, DAYS[kind]
-    card = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
+    items = DAYS[kind]
     os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, f"{kind}-{card}".replace(" ", "-"))
+    path = os.path.join(folder, f"{kind}-{card()}".replace(" ", "-"))
     found = {}
     if os.path.exists(path + ".json"):
         with open(path + ".json") as f:
             found = json.load(f)
 
-    # what was not reached before, and then what failed; an item begins if half of its time is left
+    # what was not reached before, and then what failed
     waiting = [name for name in items if name not in found]
     waiting += [name for name in items if "failed" in found.get(name, {})]
     for name in waiting:
         began = time.time()
-        most, _, measure, args = items[name]
-        if end - began < most / 2:
-            continue
+        limit, _, measure, args = items[name]
         try:
-            result = apart(min(most, end - began), measure, *args)
+            result = apart(limit, measure, *args)
         except RuntimeError as error:
             result = {"failed": str(error)}
         result.update(took=time.time() - began, torch=torch.__version__, transformers=hf.__version__)
         found[name] = result
-        found = {name: found[name] for name in items if name in found}
 
         # at once, because the machine may be gone before the next one
         for suffix, text in ((".json", json.dumps(found, indent=1)), (".md", report(items, found))):

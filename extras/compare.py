@@ -3,14 +3,12 @@
     python -m extras.compare --runs='out/reviews/[1-8]-*/' --at_kl 0.3 1 --against dpo 'dpo β=1'
     python -m extras.compare --runs=assets/reviews.json.gz --only dpo 'tdpo2 α=0.5' --out=out/two
     python -m extras.compare tables             # writes the result tables of README.md and assets/RESULTS.md again
-    python -m extras.compare picture            # draws README.md's first picture again: assets/frontier.png
 
 Runs that differ only in their seed share a line. The reward at a KL is read where a run's evaluations, joined by
 straight lines, first cross that KL(policy || reference). A difference is taken between runs of the same seed, on the
 same prefixes. OUT.json keeps everything that the tables and the figure need, so it can be given to --runs later.
 """
 import argparse
-import ast
 import functools
 import glob
 import gzip
@@ -29,19 +27,17 @@ from sample import create, parse, writable
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 # -----------------------------------------------------------------------------
-# results of runs, and which runs are seeds of the same
+# results of runs, and which runs differ only in their seed
 
-# options that may differ among the runs of a line
+# options that may differ among runs that share a line
 OWN = ("seed", "out_dir", "resume", "overwrite", "device", "compile", "micro_tokens", "checkpoint_activations",
        "wandb_log", "log_interval", "max_steps")
 
+
 def objective_of(folder):
-    """The code of tdpo.py in a folder, without its comments, or "" if there is none."""
-    path = os.path.join(folder, "tdpo.py")
-    if not os.path.exists(path):
-        return ""
-    with open(path, encoding="utf-8") as f:
-        return ast.unparse(ast.parse(f.read()))
+    """The text of tdpo.py in a folder. A run's folder has a copy of the one that it was trained with."""
+    with open(os.path.join(folder, "tdpo.py"), encoding="utf-8") as f:
+        return f.read()
 
 
 def short_hash(*values):
@@ -62,17 +58,15 @@ def from_log(folder, run):
         for name in SCORES:
             values[name] = round(record["eval_" + name], 5)
             values[name + "_se"] = round(record[f"eval_{name}_se"], 5)
-        # each sample's own, so that two runs can be compared prefix by prefix
-        path = os.path.join(folder, "evals", f"{record['step']}.jsonl")
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as f:
-                samples = [json.loads(line) for line in f]
-            values["rewards"] = [round(sample["reward"], 3) for sample in samples]
-            values["rkls"] = [round(sample["rkl"], 2) for sample in samples]
-            # the same samples before training: the same model, length and random numbers
-            if not evals:
-                drawn = [[sample["prompt"], sample["tokens"]] for sample in samples]
-                pair = short_hash(drawn, os.path.basename(run["reward"]))
+        with open(os.path.join(folder, "evals", f"{record['step']}.jsonl"), encoding="utf-8") as f:
+            samples = [json.loads(line) for line in f]
+        # the values of each sample, so that two runs can be compared prefix by prefix
+        values["rewards"] = [round(sample["reward"], 3) for sample in samples]
+        values["rkls"] = [round(sample["rkl"], 2) for sample in samples]
+        # runs that drew the same samples before training began with the same model, length and random numbers
+        if not evals:
+            drawn = [[sample["prompt"], sample["tokens"]] for sample in samples]
+            pair = short_hash(drawn, os.path.basename(run["reward"]))
         evals.append(values)
     if len(evals) < 2:
         sys.exit(f"error: {folder} has logged no evaluation after its first")
@@ -83,12 +77,12 @@ def from_log(folder, run):
     for begin in range(0, len(steps), 10):
         block = steps[begin:begin + 10]
         point = {"step": block[-1]["step"]}
-        for name in ("kl_w", "kl_l", "kl_gap"):
+        for name in ("kl_w", "kl_l"):
             mean = np.mean([record[name] for record in block])
             point[name] = round(float(mean), 4)
         curves.append(point)
 
-    # runs know their files by absolute paths: of those below this folder the end counts
+    # runs know their files by absolute paths; of a file below this folder only the relative path counts
     shared = {name: value for name, value in run.items() if name not in OWN}
     for name in ("data", "init_from", "ref_from", "reward", "texts"):
         shared[name] = run[name].removeprefix(os.getcwd() + os.sep)
@@ -104,32 +98,27 @@ def from_log(folder, run):
     }
 
 
-def label_of(result, run, others):
-    """The name of a run's line: its method's, its directory's without a seed in front, or its whole path. It is the
-    first one that no other result has, except for other seeds of the same."""
-    label = run["method"]
+def names_of(folder, run):
+    """Names for the line of a run: its method's, its directory's without a seed in front, and its whole path."""
+    name = run["method"]
     if run["method"] == "tdpo2":
-        label += f" α={run['alpha']:g}"
+        name += f" α={run['alpha']:g}"
     if run["beta"] != 0.1:
-        label += f" β={run['beta']:g}"
-    labels = [label, re.sub(r"^\d+-", "", os.path.basename(result["run"])), result["run"]]
+        name += f" β={run['beta']:g}"
+    names = [name, re.sub(r"^\d+-", "", os.path.basename(folder)), folder]
     # an edited objective does not have the name of the paper's
-    if objective_of(result["run"]) not in ("", objective_of(PROJECT)):
-        labels.pop(0)
-    for label in labels:
-        if are_seeds(label, result, others):
+    if objective_of(folder) != objective_of(PROJECT):
+        names.pop(0)
+    return names
+
+
+def first_free(names, result, others):
+    """The first of the names that no other result has, except for other seeds of the same setting."""
+    for name in names:
+        same = [other for other in others if other["label"] == name]
+        if all(x.get("setting") == result.get("setting") and x["seed"] != result["seed"] for x in same):
             break
-    return label
-
-
-def are_seeds(label, result, others):
-    """Whether all others with this label are other seeds of the same setting."""
-    for other in others:
-        if other["label"] != label:
-            continue
-        if other.get("setting") != result.get("setting") or other["seed"] == result["seed"]:
-            return False
-    return True
+    return name
 
 
 def by_label(results):
@@ -148,11 +137,12 @@ def references(results):
         return []
     for r in results:
         if r["evals"] and abs(r["evals"][0]["sample_rkl"]) <= 1e-4:
-            first = {"run": r["run"], "label": "reference", "seed": r["seed"], "evals": [], "curves": []}
+            first = {"label": "reference", "seed": r["seed"], "evals": []}
             found.setdefault(r["seed"], {**r["evals"][0], **first})
     return list(found.values())
 
 
+@functools.lru_cache
 def read_json(path):
     """What a .json or .json.gz file holds."""
     opener = gzip.open if path.endswith(".gz") else open
@@ -179,7 +169,7 @@ def interval(values, errors):
     half = 1.96 * np.linalg.norm(errors) / len(values)
     if len(values) > 1:
         half = max(half, student(values))
-    return float(np.mean(values)), float(half)
+    return np.mean(values), half
 
 
 def reward_at(kls, rewards, level):
@@ -201,7 +191,7 @@ DRAWS = 2000
 
 @functools.lru_cache
 def drawn_prefixes(n):
-    """How often each of n prefixes is in a draw of n of them (DRAWS + 1, n); in the first draw each is once."""
+    """How often each of n prefixes is in a draw of n of them (DRAWS + 1, n); the first draw has each of them once."""
     rng = np.random.default_rng(n)
     return np.vstack([np.ones(n), rng.multinomial(n, np.full(n, 1 / n), DRAWS)])
 
@@ -243,7 +233,7 @@ def compare_at(level, curves, count):
         if np.isfinite(difference[0]) and np.isfinite(difference).mean() >= 0.95:
             found.append(difference)
 
-    # the runs that come as far are the ones that move fast, so the mean of a part would mislead
+    # the runs that reach the level first are those that move fast, so the mean of only some runs would mislead
     n = len(found)
     if n < count:
         return None, n
@@ -257,11 +247,11 @@ def compare_at(level, curves, count):
     t = math.nan
     if n > 1:
         t = student(found[:, 0])
-    return (float(found[:, 0].mean()), float(low), float(high), float(t)), n
+    return (found[:, 0].mean(), low, high, t), n
 
 
 def compared(runs, others, levels):
-    """A cell for each level with what `compare` finds, or with how many of the runs come as far."""
+    """A cell for each level with what `compare` finds, or with how many of the runs reach the level."""
     cells = []
     for found, reached in compare(runs, others, levels):
         cell = "–"
@@ -303,7 +293,7 @@ def table(results, levels):
 
 
 def differences(results, levels, bases):
-    """Rewards at equal KL, less those of runs of the same seed and prefixes: a line for each label in bases, which is
+    """Rewards at equal KL, minus those of runs of the same seed and prefixes: a line for each label in bases, which is
     {label: the label of the runs that are subtracted}."""
     groups, rows = by_label(results), []
     for label, base in bases.items():
@@ -318,8 +308,8 @@ def differences(results, levels, bases):
 
 
 def differences_from(results, levels, base):
-    """The same, less one label, for all others that were evaluated more than once."""
-    bases = {r["label"]: base for r in results if r["label"] != base and r["evals"]}
+    """The same table with one label subtracted from all others."""
+    bases = {r["label"]: base for r in results if r["label"] != base}
     return differences(results, levels, bases)
 
 
@@ -344,7 +334,7 @@ def mean_logs(results):
     logs = {}
     for label, runs in by_label(results).items():
         logs[label] = []
-        for evals in zip(*[r["evals"] or [r] for r in runs]):
+        for evals in zip(*[r["evals"] for r in runs]):
             mean, half = interval([e["reward"] for e in evals], [e["reward_se"] for e in evals])
             kl = np.mean([e["sample_rkl"] for e in evals])
             logs[label].append({"step": evals[0]["step"], "eval_sample_rkl": kl, "eval_reward": mean,
@@ -356,65 +346,18 @@ def mean_logs(results):
 
 
 # -----------------------------------------------------------------------------
-# the first picture of README.md
-
-# {label of a run: (its name in the picture, its color, where the name stands beside the end of its line at the left)}
-PICTURE = {
-    "dpo": ("DPO\nβ = 0.1", "tab:red", "right"),
-    "tdpo1": ("TDPO1", "tab:purple", "above"),
-    "dpo β=0.3": ("DPO\nβ = 0.3", "tab:orange", "above"),
-    "tdpo2 α=0.5": ("TDPO2\nα = 0.5", "tab:blue", "above"),
-    "dpo β=1": ("DPO\nβ = 1", "tab:olive", "left"),
-}
-BESIDE = {
-    "above": dict(xytext=(0, 6), ha="center", va="bottom"),
-    "left": dict(xytext=(-8, 0), ha="right", va="center"),
-    "right": dict(xytext=(8, 0), ha="left", va="center"),
-}
-
-
-def picture(results):
-    """A figure of the PICTURE's runs: reward against KL, and the KL of the rejected responses by step. Points are means
-    over seeds, and each line has its name at its end."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    left.set(title="reward of the samples", xlabel="their distance from the reference, KL(π ‖ π_ref), nats",
-             xscale="log", xlim=(0.03, 70), ylim=(0, 0.53))
-    left.set_xticks([0.1, 1, 10], ["0.1", "1", "10"])
-    right.set(title="KL(π_ref ‖ π) of the rejected responses, nats", xlabel="step", xlim=(0, 155), ylim=(0, 19.5))
-    right.set_xticks(range(0, 121, 20))
-
-    logs = mean_logs([result for result in results if result["label"] in PICTURE])
-    for label, (name, color, place) in PICTURE.items():
-        # the reference itself, at KL 0, has no place on a logarithmic axis
-        evals = [record for record in logs[label] if record.get("eval_sample_rkl", 0) > 0]
-        steps = [record for record in logs[label] if "kl_l" in record]
-        for axis, records, x, y in ((left, evals, "eval_sample_rkl", "eval_reward"), (right, steps, "step", "kl_l")):
-            xs, ys = [record[x] for record in records], [record[y] for record in records]
-            axis.plot(xs, ys, "o-", color=color, markersize=3)
-            words = dict(text=name, xy=(xs[-1], ys[-1]), textcoords="offset points", color=color)
-            if axis is left:
-                axis.annotate(**words, **BESIDE[place])
-            else:
-                axis.annotate(**{**words, "text": name.replace("\n", ", ")}, **BESIDE["right"])
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
-# -----------------------------------------------------------------------------
 # the tables that stand in README.md and assets/RESULTS.md, each between <!-- table NAME --> and <!-- end -->
 
 REVIEWS = [0.3, 0.75, 1, 2]
 IMDB = [0.25, 0.5, 1]
+# the runs of README.md's first picture, and the methods that an edited objective is compared with
+SHOWN = ["dpo", "tdpo1", "dpo β=0.3", "tdpo2 α=0.5", "dpo β=1"]
 EDITS = {"ipo": "dpo", "lndpo": "dpo", "tdpo2r": "tdpo2 α=0.5"}
 
 # {name: (function, its data in assets/, its further arguments)}
 TABLES = {
     "reviews": (table, "reviews.json.gz", REVIEWS),
-    "reviews, ends": (ends, "reviews.json.gz", [0.3, 1], list(PICTURE)),
+    "reviews, ends": (ends, "reviews.json.gz", [0.3, 1], SHOWN),
     "reviews, edits": (differences, "reviews.json.gz", REVIEWS, EDITS),
     "reviews-half": (table, "reviews-half.json.gz", REVIEWS),
     "imdb": (table, "imdb.json.gz", IMDB),
@@ -428,23 +371,30 @@ for base in ("dpo", "dpo β=0.3", "dpo β=1"):
     TABLES[f"imdb-second, less {base}"] = (differences_from, "imdb-second.json.gz", IMDB, base)
 
 
-def with_table(text, name, lines):
-    """The text with these lines between its two markers, or as it was if it does not have them."""
-    before, marker, rest = text.partition(f"<!-- table {name} -->\n")
-    if not marker:
-        return text
-    return before + marker + "\n".join(lines) + "\n" + rest[rest.index("<!-- end -->"):]
-
-
-def with_tables(texts):
-    """The texts, in which each of the TABLES is made anew from its data."""
-    loaded = {}
+def result_tables():
+    """{name: lines} of all TABLES."""
+    tables = {}
     for name, (function, data, *arguments) in TABLES.items():
-        if data not in loaded:
-            loaded[data] = read_json(os.path.join(PROJECT, "assets", data))
-        lines = function(loaded[data], *arguments)
-        texts = [with_table(text, name, lines) for text in texts]
-    return texts
+        tables[name] = function(read_json(os.path.join(PROJECT, "assets", data)), *arguments)
+    return tables
+
+
+def with_tables(text, tables):
+    """The text with each of the tables, {name: lines}, between its two markers, if the text has them."""
+    for name, lines in tables.items():
+        before, marker, rest = text.partition(f"<!-- table {name} -->\n")
+        if marker:
+            text = before + marker + "\n".join(lines) + "\n" + rest[rest.index("<!-- end -->"):]
+    return text
+
+
+def write_tables(name, tables):
+    """Write tables between their markers in a file of the project."""
+    path = os.path.join(PROJECT, name)
+    with open(path, encoding="utf-8") as f:
+        text = f.read()
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(with_tables(text, tables))
 
 
 # -----------------------------------------------------------------------------
@@ -453,30 +403,20 @@ def with_tables(texts):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, prog="python -m extras.compare")
-    parser.add_argument("what", nargs="?", choices=("tables", "picture"),
-                        help="write the tables of the project's results, or draw README's first picture, again")
+    parser.add_argument("what", nargs="?", choices=("tables",), help="write the tables of the project's results again")
     parser.add_argument("--runs", default="", help="directories of train.py, or .json (.gz) files that this script "
                         "wrote, commas between; * and ? match")
-    parser.add_argument("--only", nargs="*", default=[], help="of these the runs with these names, say dpo (all)")
+    parser.add_argument("--only", nargs="*", default=[], help="use only the runs with these names, such as dpo (all)")
     parser.add_argument("--at_kl", type=float, nargs="*", default=[1, 2], help="KLs to compare rewards at (1 2)")
-    parser.add_argument("--against", nargs="*", default=[], help="names of runs, say dpo: adds a table of the "
+    parser.add_argument("--against", nargs="*", default=[], help="names of runs, such as dpo: adds a table of the "
                         "differences from each at these KLs, paired by seed and prefix")
     parser.add_argument("--out", default="out/compared", help="writes OUT.json and OUT.png (out/compared)")
     args = parse(parser)
 
     if args.what == "tables":
-        paths = [os.path.join(PROJECT, name) for name in ("README.md", "assets/RESULTS.md")]
-        texts = []
-        for path in paths:
-            with open(path, encoding="utf-8") as f:
-                texts.append(f.read())
-        for path, text in zip(paths, with_tables(texts)):
-            with open(path, "w", encoding="utf-8") as f:
-                f.write(text)
-        sys.exit()
-    if args.what == "picture":
-        results = read_json(os.path.join(PROJECT, "assets", "reviews.json.gz"))
-        picture(results).savefig(os.path.join(PROJECT, "assets", "frontier.png"), dpi=100)
+        tables = result_tables()
+        for name in ("README.md", "assets/RESULTS.md"):
+            write_tables(name, tables)
         sys.exit()
     if not args.runs:
         parser.error("--runs names directories of train.py, or .json files that this script wrote")
@@ -492,17 +432,12 @@ if __name__ == "__main__":
         try:
             if source.endswith((".json", ".json.gz")):
                 for result in read_json(source):
-                    # the same run may be in two files
-                    if result in results:
-                        continue
-                    if not are_seeds(result["label"], result, results):
-                        result["label"] += f" of {source}"
-                    results.append(result)
+                    names = [result["label"], f"{result['label']} of {source}"]
+                    results.append({**result, "label": first_free(names, result, results)})
             else:
                 run = read_json(os.path.join(source, "options.json"))
                 result = from_log(source, run)
-                result["label"] = label_of(result, run, results)
-                results.append(result)
+                results.append({**result, "label": first_free(names_of(source, run), result, results)})
         except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
             parser.error(f"{source} holds no run of a sentiment task, and nothing that this script wrote: {error}")
 
@@ -519,13 +454,13 @@ if __name__ == "__main__":
         lines = [json.dumps(result, ensure_ascii=False) for result in results]
         f.write("[" + ",\n".join(lines) + "]\n")
     print("\n" + "\n".join(table(results, args.at_kl)))
-    print("\n±: half of a 95 % interval, over seeds or, if that is wider, over samples; after brackets Student's t "
-          "over seeds. In brackets: a 95 % bootstrap interval over seeds and prefixes. Nats")
+    print("\n± is half of a 95 % interval: over seeds or, if that is wider, over samples; after brackets, Student's t "
+          "over seeds. Brackets hold a 95 % bootstrap interval over seeds and prefixes. KLs and entropies are in nats")
     for against in args.against:
         print("\n" + "\n".join(differences_from(results, args.at_kl, against)))
     print(f"\nwrote {args.out}.json")
     try:
-        draw(mean_logs(references(results) + results), args.out + ".png")
+        draw(mean_logs(results), args.out + ".png")
         print(f"wrote {args.out}.png")
     except ImportError:
         print("matplotlib is not installed, so no figure was drawn")

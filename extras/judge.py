@@ -36,12 +36,9 @@ def answer(model, tokenizer, conversations, args):
                 prompts[n] = encode_prompt(tokenizer, chat(tokenizer, histories[n]))
             except ValueError as error:
                 sys.exit(f"error: question {n + 1} {error}")
-            # a question that leaves no room for an answer does not stop the others
             if len(prompts[n]) >= positions:
-                print(f"warning: question {n + 1} is too long in turn {turn + 1}: its answer is empty")
-                histories[n].append({"role": "assistant", "content": ""})
-                replies[n].append("")
-                del prompts[n]
+                sys.exit(f"error: turn {turn + 1} of question {n + 1} leaves no room for an answer within {positions} "
+                         "positions: leave this question out")
 
         drawn = generate(model, tokenizer, list(prompts.values()), args.max_new_tokens, 1, args.temperature, args.top_p,
                          args.seed + turn)

@@ -10,7 +10,6 @@ takes for itself is not counted: leave 5 % of a card free.
 """
 import argparse
 import copy
-import os
 import sys
 
 import train        # before torch, because it sets up the memory of the process
@@ -18,11 +17,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen2Config
 
-from extras.compare import PROJECT, with_table
+from extras.compare import write_tables
 from sample import parse
 from tdpo import CHUNK_BYTES
 
-README = os.path.join(PROJECT, "README.md")
+# options of train.py that bear on memory
+OPTIONS = ("init_from", "method", "optimizer", "lora_rank", "checkpoint_activations", "batch_size", "micro_tokens")
 
 
 # -----------------------------------------------------------------------------
@@ -30,38 +30,33 @@ README = os.path.join(PROJECT, "README.md")
 
 
 def read_options(argv):
-    """The planned run as an argparse.Namespace."""
+    """The planned run as an argparse.Namespace: options of train.py, with its defaults, and the number of processes."""
     parser = argparse.ArgumentParser(prog="python -m extras.memory", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def add(name, default, comment, **options):
-        parser.add_argument("--" + name, default=default, help=f"{comment} [%(default)s]", **options)
-    parser.add_argument("--init_from", required=True, help="the policy: a directory or hub id")
-    add("method", train.method, "sft has no reference; the others take the same", choices=train.CHOICES["method"])
-    add("optimizer", train.optimizer, "adamw keeps twice as much as rmsprop", choices=train.CHOICES["optimizer"])
-    add("lora_rank", train.lora_rank, "rank of the adapters; 0 trains all weights", type=int)
-    add("checkpoint_activations", train.checkpoint_activations, "compute activations twice instead of keeping them",
-        type=train.true_or_false)
-    add("batch_size", train.batch_size, "pairs in a step", type=int)
-    add("micro_tokens", 8192, "tokens in a forward pass", type=int)
-    add("processes", 1, "processes that share the model", type=int)
+    comments = train.read_knobs()
+    for name in OPTIONS:
+        default = getattr(train, name)
+        kind = type(default)
+        if kind is bool:
+            kind = train.true_or_false
+        parser.add_argument("--" + name, type=kind, default=default, choices=train.CHOICES.get(name),
+                            help=f"{comments[name]} [{default}]")
+    parser.add_argument("--processes", type=int, default=1, help="processes that share the model [1]")
     run = parse(parser, argv)
-    for name in ("batch_size", "micro_tokens", "processes"):
-        if getattr(run, name) < 1:
-            parser.error(f"--{name} must be 1 or more")
-    if run.lora_rank < 0:
-        parser.error("--lora_rank must not be negative")
+    if not run.init_from or run.lora_rank < 0 or run.processes < 1:
+        parser.error("--init_from must name a model, --lora_rank must not be negative, --processes must be at least 1")
     return run
 
 
 def fullest_row(run):
     """The examples of a full pass: as many as micro_tokens or a step's batch holds, and at least one. They are as long
-    as a long pair of HH, where 9 of 10 are shorter. The tokens do not matter."""
+    as a long pair of HH: 9 of 10 pairs are shorter. The tokens do not matter."""
     rejected = [3] * 172
     if run.method == "sft":
         rejected = []
     example = train.Example("", "", [1] * 170, [2] * 172, rejected)
-    count = min(run.batch_size, run.micro_tokens // train.size(example))
+    # 0 stands for the 8192 tokens that train.py takes on a GPU
+    count = min(run.batch_size, (run.micro_tokens or 8192) // train.size(example))
     return [example] * max(1, count)
 
 
@@ -241,9 +236,6 @@ def table():
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["table"]:
-        with open(README, encoding="utf-8") as f:
-            text = with_table(f.read(), "fits", table())
-        with open(README, "w", encoding="utf-8") as f:
-            f.write(text)
+        write_tables("README.md", {"fits": table()})
     else:
         report(read_options(sys.argv[1:]))

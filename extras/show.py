@@ -1,7 +1,7 @@
 """Show which tokens carry the divergence: responses of a checkpoint, each token shaded by its share.
 
     python -m extras.show --model=out/reviews-tdpo2                         # in the terminal, by the share of the KL
-    python -m extras.show --model=out/reviews-tdpo2 --html=kl.html          # as a page, too
+    python -m extras.show --model=out/reviews-tdpo2 --html=kl.html          # and as a page
     python -m extras.show --model=DIR --show=surprisal --prompt="This film was"
 
 A token's share is its part of the response's sum of absolute values. Red tokens are above 0 and blue ones below.
@@ -17,7 +17,6 @@ from sample import (create, encode_prompt, generate, measure, printable, respons
 
 # a token is one shade darker for each of these shares that its own share reaches
 SHADES = (0.02, 0.05, 0.1, 0.2, 0.4)
-LEGEND = "a token's share of its response's {} (absolute values; blue is below 0), from"
 PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title>
 <style>body {{ font: 17px/1.6 sans-serif; max-width: 60em; margin: 1em auto; padding: 0 1em }}
 p {{ white-space: pre-wrap; margin: 0.4em 0 }}</style>
@@ -37,7 +36,7 @@ def color_of(share):
 
 
 def token_texts(tokenizer, prompt, response):
-    """The text that each token adds to those before it. Of the tokens of one character, the last one has its text."""
+    """The text that each token adds to those before it. If a character is several tokens, the last one has its text."""
     texts = []
     done = tokenizer.decode(prompt)
     for n in range(1, len(response) + 1):
@@ -121,7 +120,8 @@ if __name__ == "__main__":
                 spans = shaded(token_texts(tokenizer, prompt, response), values[args.show], args.show)
             entry.append((name, spans))
     scale = [Span(f" {shade:.0%} ", color_of(shade)) for shade in SHADES]
-    legend = [Span(LEGEND.format(args.show) + " "), *scale, Span(" on")]
+    words = f"a token's share of its response's {args.show} (absolute values; blue is below 0), from "
+    legend = [Span(words), *scale, Span(" on")]
 
     # the terminal
     for text, entry in zip(texts, shown):
