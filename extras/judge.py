@@ -13,8 +13,8 @@ import sys
 import time
 import uuid
 
-from sample import (DEVICES, chat, check_sampling, create, encode_prompt, generate, load_model, parse, positions_of,
-                    read_prompts, response_text, writable)
+from sample import (DEVICES, chat, check_sampling, encode_prompt, generate, load_model, parse, positions_of,
+                    read_prompts, response_text, writable, write_lines)
 
 # the columns of a question
 COLUMNS = {"mt_bench": {"question_id": (int, str), "turns": list}, "alpaca_eval": {"instruction": str}}
@@ -36,9 +36,12 @@ def answer(model, tokenizer, conversations, args):
                 prompts[n] = encode_prompt(tokenizer, chat(tokenizer, histories[n]))
             except ValueError as error:
                 sys.exit(f"error: question {n + 1} {error}")
+            # a question that leaves no room for an answer does not stop the others
             if len(prompts[n]) >= positions:
-                sys.exit(f"error: turn {turn + 1} of question {n + 1} leaves no room for an answer within {positions} "
-                         "positions: leave this question out")
+                print(f"warning: question {n + 1} is too long in turn {turn + 1}: its answer is empty")
+                histories[n].append({"role": "assistant", "content": ""})
+                replies[n].append("")
+                del prompts[n]
 
         drawn = generate(model, tokenizer, list(prompts.values()), args.max_new_tokens, 1, args.temperature, args.top_p,
                          args.seed + turn)
@@ -79,18 +82,18 @@ if __name__ == "__main__":
     # MT-bench's questions have several turns, and its answers are lines; AlpacaEval's have one turn, and are a list
     if args.format == "mt_bench":
         replies = answer(model, tokenizer, [row["turns"] for row in questions], args)
-        with create(args.out) as f:
-            for row, texts in zip(questions, replies):
-                line = {
-                    "question_id": row["question_id"], "answer_id": uuid.uuid4().hex, "model_id": name,
-                    "choices": [{"index": 0, "turns": texts}], "tstamp": time.time(),
-                }
-                f.write(json.dumps(line) + "\n")
+        lines = []
+        for row, texts in zip(questions, replies):
+            lines.append({
+                "question_id": row["question_id"], "answer_id": uuid.uuid4().hex, "model_id": name,
+                "choices": [{"index": 0, "turns": texts}], "tstamp": time.time(),
+            })
+        write_lines(args.out, lines)
     else:
         replies = answer(model, tokenizer, [[row["instruction"]] for row in questions], args)
         answers = []
         for row, (text,) in zip(questions, replies):
             answers.append({"instruction": row["instruction"], "output": text, "generator": name})
-        with create(args.out) as f:
+        with open(args.out, "w", encoding="utf-8") as f:
             json.dump(answers, f, indent=1)
     print(f"wrote {len(questions)} answers to {args.out}")

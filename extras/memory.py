@@ -35,12 +35,12 @@ def read_options(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     comments = train.read_knobs()
     for name in OPTIONS:
-        default = getattr(train, name)
+        default, choices = getattr(train, name), train.CHOICES.get(name)
         kind = type(default)
         if kind is bool:
-            kind = train.true_or_false
-        parser.add_argument("--" + name, type=kind, default=default, choices=train.CHOICES.get(name),
-                            help=f"{comments[name]} [{default}]")
+            kind, choices = {"True": True, "False": False}.get, (True, False)
+        parser.add_argument("--" + name, type=kind, default=default, choices=choices,
+                            help=f"{comments[name][1]} [{default}]")
     parser.add_argument("--processes", type=int, default=1, help="processes that share the model [1]")
     run = parse(parser, argv)
     if not run.init_from or run.lora_rank < 0 or run.processes < 1:

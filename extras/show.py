@@ -12,7 +12,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from sample import (create, encode_prompt, generate, measure, printable, response_text, sampling_options, set_up,
+from sample import (encode_prompt, generate, measure, printable, response_text, sampling_options, set_up,
                     writable)
 
 # a token is one shade darker for each of these shares that its own share reaches
@@ -137,6 +137,6 @@ if __name__ == "__main__":
             body.append(f"<h3>{html.escape(text.strip())}</h3>")
             for name, spans in entry:
                 body.append(f"<p><i>{name}</i> {written(spans, on_page)}</p>")
-        with create(args.html) as f:
+        with open(args.html, "w", encoding="utf-8") as f:
             f.write(PAGE.format(title=html.escape(f"{args.model}: {args.show}"), body="\n".join(body)))
         print(f"wrote {args.html}")

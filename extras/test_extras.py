@@ -275,11 +275,12 @@ def test_answers_have_the_form_that_judges_read(models):
     bench = [*ask, "--format=mt_bench", "--out=answers/tiny.jsonl"]
     says(0, "wrote 2 answers", *bench, "--prompts=question.jsonl")
     says(2, "line 1 is not a JSON object with question_id and turns", *bench, "--prompts=instructions.jsonl")
-    for wrong, code, message in (("the plot", 2, "where turns is a list of texts"),
-                                 (["the plot", "the " * 200], 1, "turn 2 of question 1 leaves no room for an answer")):
-        write_lines("wrong.jsonl", [dict(question_id=1, turns=wrong)])
-        says(code, message, *ask, "--format=mt_bench", "--out=wrong/tiny.jsonl", "--prompts=wrong.jsonl")
-    assert not os.path.exists("wrong")
+    write_lines("wrong.jsonl", [dict(question_id=1, turns="the plot")])
+    says(2, "where turns is a list of texts", *ask, "--format=mt_bench", "--out=wrong.json", "--prompts=wrong.jsonl")
+    assert not os.path.exists("wrong.json")
+    write_lines("long.jsonl", [dict(question_id=1, turns=["the plot", "the " * 200])])
+    says(0, "question 1 is too long in turn 2: its answer is empty", *ask, "--format=mt_bench", "--out=long.json",
+         "--prompts=long.jsonl")
     for found, texts in zip(lines_of("answers/tiny.jsonl"), turns, strict=True):
         replies = found["choices"][0]["turns"]
         assert found["model_id"] == "tiny" and len(replies) == len(texts) and all(replies)
