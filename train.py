@@ -1689,10 +1689,6 @@ if __name__ == "__main__":
                      "Lower --learning_rate")
         if quick:
             return
-        # at the start the KL should be 0
-        if step == 0 and not sft and metrics["kl_l"] > 1e-5:
-            print(f"warning: before the first step the KL from the reference is {metrics['kl_l']:.2g} nats, not 0: its "
-                  "weights differ from the policy's, or their dtype")
 
         # a task's own measure
         if task and not sft:
