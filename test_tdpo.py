@@ -5,7 +5,6 @@ TDPO_KILLS=20 kills a run more often, TDPO_RUNS=100 starts more runs under torch
 memory of a run for longer.
 """
 import argparse
-import builtins
 import contextlib
 import copy
 import datetime
@@ -418,22 +417,22 @@ def test_pairs_that_lack_a_response_are_refused_in_both_forms(side):
 
 
 def test_fused_is_accurate_in_fp32_and_under_bf16_autocast():
-    """Operands rounded to bf16, as GPUs and CPUs with such products take them, cost less than 2 %, logits that are
+    """Operands rounded to bf16, as GPUs and CPUs with such products take them, cost less than 2 %; logits that are
     rounded would cost more."""
     hidden, weight, noise, _, *rest = fused_case(pairs=40, d=64, V=500)
     exact = cast([hidden, 0.1 * weight, hidden + 0.05 * noise, 0.1 * weight, *rest], torch.float64)
-    low, rounded = cast(exact, torch.float32), cast(cast(exact, torch.bfloat16), torch.float32)
+    low = cast(exact, torch.float32)
     loss, expected = tdpo.fused_tdpo_loss(*exact)
-    single, operands = tdpo.fused_tdpo_loss(*low)[1], tdpo.fused_tdpo_loss(*rounded)[1]
 
     def error(stats, name):             # of the KLs of 1e-3 and more
         keep = expected[name] >= 1e-3
         assert keep.sum() > 10
         return ((stats[name] - expected[name]).abs() / expected[name])[keep].max()
+    _, single = tdpo.fused_tdpo_loss(*low)
     with torch.autocast("cpu", torch.bfloat16):
         autocast_loss, autocast = tdpo.fused_tdpo_loss(*low)
         _, by_unfused = whole(*low)
-    for stats, limit in ((single, 1e-4), (autocast, 2e-2), (operands, 2e-2)):
+    for stats, limit in ((single, 1e-4), (autocast, 2e-2)):
         assert max(error(stats, "kl_w"), error(stats, "kl_l")) < limit < error(by_unfused, "kl_l")
     for a, b in zip(grad(autocast_loss, low[:2]), grad(loss, exact[:2])):
         assert (a - b).norm() / b.norm() < 1e-2
@@ -513,19 +512,6 @@ def test_sft_loss_is_cross_entropy(tokens, monkeypatch):
     with Memory() as memory:
         train.sft_loss(hidden, weight, labels)
     assert tokens == 512 or memory.peak < len(labels) * 11 * 8 + 8 * 11 * 8 * tokens
-
-
-def test_sft_loss_under_bf16_autocast():
-    """Logits that are rounded to bf16 cost a loss at most 2 %."""
-    hidden, weight, _, _, labels, *_ = fused_case(pairs=40, d=64, V=500, dtype=torch.float32)
-    weight = (0.1 * weight).detach()
-    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="none")
-    with torch.autocast("cpu", torch.bfloat16):
-        losses = train.sft_loss(hidden, weight, labels)
-    assert losses.dtype == torch.float32 and (losses - expected).abs().max() < 0.05
-    assert losses.mean().item() == approx(expected.mean().item(), rel=1e-3)
-    d_hidden, right = grad(losses.mean(), hidden)[0], grad(expected.mean(), hidden)[0]
-    assert (d_hidden - right).norm() / right.norm() < 1e-2
 
 
 def test_fused_takes_bf16_inputs():
@@ -616,6 +602,18 @@ def examples_of(seed=0, n=5, V=61):
 
 def example_of(prompt, chosen, rejected, where="", text=""):
     return train.Example(where, text, prompt, chosen, rejected)
+
+
+def test_a_row_is_what_is_drawn_above_collate():
+    examples = [example_of([5, 6, 7], [1, 2, 3, 4], [8, 9, 9]), example_of([5, 6], [1, 2], [3, 4])]
+    ids, position = [5, 6, 7, 1, 2, 3, 8, 9, 5, 6, 1, 3], [0, 1, 2, 3, 4, 5, 3, 4, 0, 1, 2, 2]
+    for length, padding in ((0, []), (15, [0] * 3)):
+        row = train.collate(examples, length)
+        assert row["ids"].tolist() == [ids + padding] and row["position"].tolist() == [position + padding]
+        assert row["source"].tolist() == [2, 3, 4, 5, 2, 6, 7, 9, 10, 9, 11]
+        assert row["labels"].tolist() == [1, 2, 3, 4, 8, 9, 9, 1, 2, 3, 4]
+        assert row["pair"].tolist() == [0] * 7 + [1] * 4
+        assert row["chosen"].tolist() == [True] * 4 + [False] * 3 + [True] * 2 + [False] * 2
 
 
 def own_loss(model, ref, examples, attention="pairs", **knobs):
@@ -926,30 +924,22 @@ def parametrized(module):
 @pytest.mark.parametrize("low", (False, True))
 @pytest.mark.parametrize("name", REGISTERED)
 def test_adapters_are_w_plus_ba(name, low):
-    """Against the same model whose weights are W + BA, and by the chain rule: dB = dW A^T, dA = B^T dW. low: W is
-    rounded to bf16, while the adapters and their gradients stay in fp32."""
+    """Against the same model whose weights are W + BA. low: W is rounded to bf16, while the adapters and their
+    gradients stay in fp32."""
     model, whole, ids = tiny(name), tiny(name), torch.tensor([examples_of()[0].prompt * 4])
     before, adapters = model(ids).logits, adapted(model, low=low)
     assert len(adapters) >= 8 and not any("lm_head" in layer or "embed" in layer for layer in adapters)
     for layer, adapter in adapters.items():
         base = model.get_submodule(layer).parametrizations.weight.original
-        assert base.dtype == (torch.bfloat16 if low else torch.float32) and not base.requires_grad
+        assert base.dtype == (torch.bfloat16 if low else torch.float32)
         whole.get_submodule(layer).weight.data = base.float() + 32 / 3 * adapter.B @ adapter.A
     with torch.autocast("cpu", torch.bfloat16, enabled=low):
         logits, expected = model(ids).logits.float(), whole(ids).logits.float()
-        (logits**3).mean().backward()
-        (expected**3).mean().backward()
+        logits.square().mean().backward()
     assert torch.dist(logits, expected) < (0.03 if low else 1e-5) * expected.norm() < torch.dist(logits, before)
-    found, right = [], []
-    for layer, adapter in adapters.items():
-        d_weight = 32 / 3 * whole.get_submodule(layer).weight.grad
-        found += [adapter.B.grad.flatten(), adapter.A.grad.flatten()]
-        right += [(d_weight @ adapter.A.T).flatten(), (adapter.B.T @ d_weight).flatten()]
-        assert {x.dtype for x in (adapter.A, adapter.B, *found)} == {torch.float32}
-    found, right = torch.cat(found), torch.cat(right)
-    assert torch.dist(found, right) < (0.03 if low else 1e-4) * right.norm()
-    trains = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert trains == {f"{layer}.parametrizations.weight.0.{x}" for layer in adapters for x in "AB"}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert set(gradients) == {f"{layer}.parametrizations.weight.0.{x}" for layer in adapters for x in "AB"}
+    assert all(x.dtype == torch.float32 and x.any() for x in gradients.values())
 
 
 @pytest.mark.parametrize("name", REGISTERED)
@@ -1010,21 +1000,19 @@ def test_adapters_and_checkpointed_blocks_compile(eager_flex):
 @pytest.mark.parametrize("kind, moments", [(torch.optim.RMSprop, 1), (torch.optim.AdamW, 2)])
 def test_trying_a_row_changes_nothing(kind, moments, monkeypatch):
     """Buffers as large as the optimizer's state are held while the row is tried."""
-    weight, made, alive = torch.nn.Parameter(torch.randn(4, 5)), [], []
+    weight, made = torch.nn.Parameter(torch.randn(4, 5)), []
     empty_like = torch.empty_like
 
     def counted(x):
-        made.append(weakref.ref(out := empty_like(x)))
-        return out
+        made.append(x.shape)
+        return empty_like(x)
 
     def forward(batch, counts):
-        assert batch == "batch" and counts
-        alive.append(sum(ref() is not None for ref in made))
+        assert batch == "batch" and counts and made == [(4, 5)] * moments
         return (weight * torch.rand_like(weight)).sum(), {}
     monkeypatch.setattr(torch, "empty_like", counted)
     opt, state = kind([weight]), torch.get_rng_state()
     train.try_row("batch", forward, opt)
-    assert alive == [moments] and all(ref() is None for ref in made)
     assert weight.grad is None and not opt.state and torch.equal(torch.get_rng_state(), state)
 
 
@@ -1398,8 +1386,8 @@ def test_a_hash_holds_out_a_share_of_the_prompts(prompts, n, eval_pairs):
 
 
 def test_the_same_prompts_are_held_out_whatever_becomes_of_rows():
-    """SFT and TDPO, of files with ties, in a different order, with more rows, truncated, and of chats whose template prints
-    a date or leaves out a thinking block."""
+    """SFT and TDPO, of files with ties, in a different order, with more rows, truncated, and of chats whose template
+    prints a date or leaves out a thinking block."""
     prompts = [f"{n} is the number" for n in range(80)]
     plain = [pair_of(x, f" good {n}", " bad") for n, x in enumerate(prompts)]
     ties = [dict(row, rejected=row["chosen"]) if n % 9 == 0 else row for n, row in enumerate(plain)]
@@ -1597,11 +1585,7 @@ def test_generation_is_seeded_and_stops_at_eos(words):
     assert all(0 not in r[:-1] and (len(r) == 12 or r[-1] == 0) for r in a[0] + a[1]) and min(map(len, a[0])) < 12
 
 
-@pytest.mark.parametrize("compiled", (False, True))
-def test_responses_are_measured_as_defined(compiled, monkeypatch):
-    if compiled:
-        monkeypatch.setattr(tdpo, "COMPILE_VOCAB", 1)
-        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
+def test_responses_are_measured_as_defined():
     model, other = eval_imdb.scratch_model(0)[0], eval_imdb.scratch_model(1)[0]
     prompts, responses = [[5, 6], [7, 8, 9]], [[10, 11, 12, 13], [14, 0]]
     stats = sample.response_stats(sample.measure(model, other, prompts, responses))
@@ -1699,33 +1683,6 @@ def test_pairs_are_of_weights_prefixes_and_options(words, tmp_path, capsys):
         build(min_score_gap=3)
 
 
-def test_answers_are_shown_with_the_end_of_a_long_prompt(words, capsys):
-    model, prompt = eval_imdb.scratch_model(0)[0], words("the music " * 40)["input_ids"]
-    eval_imdb.show_answers({"dpo": model}, words, [prompt], 8, seed=1, score=lambda texts: [len(texts[0].split())])
-    _, shown, line = capsys.readouterr().out.splitlines()
-    assert shown == "..." + ("the music " * 40).strip()[-300:]
-    text = sample.response_text(words, prompt, sample.generate(model, words, [prompt], 8, seed=1)[0][0])
-    assert line == f"  dpo       {80 + len(text.split()):+.2f} |" + text
-
-
-def test_a_figure_has_a_panel_for_everything_that_logs_hold(tmp_path, monkeypatch):
-    pyplot, figures = pytest.importorskip("matplotlib.pyplot"), []
-    monkeypatch.setattr(pyplot, "close", figures.append)
-    rewards = [dict(step=n, eval_reward=0.1 * n, eval_reward_se=0.1, eval_sample_rkl=n / 2) for n in range(3)]
-    kls = [dict(step=n, kl_l=2 * n, kl_w=n) for n in range(1, 5)]
-    for logs, titles in (({"a run": rewards + kls}, ["reward", "KL"]),
-                         ({f"run {n}": rewards[n % 3:] for n in range(12)}, ["reward"])):
-        eval_imdb.draw(logs, tmp_path / "log.png")
-        figure = figures[-1]
-        assert [re.match(r"\w+", axis.get_title())[0] for axis in figure.axes] == titles
-        assert [text.get_text() for text in figure.legends[0].get_texts()] == list(logs)
-    # each log has its color and its points
-    lines = [container[0] for container in figure.axes[0].containers]
-    assert len({line.get_color() for line in lines}) == len(logs)
-    for line, log in zip(lines, logs.values()):
-        assert list(line.get_ydata()) == [record["eval_reward"] for record in log]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # scripts as users run them, each in a process of its own, in the folder that the fixture `runs` made
 
@@ -1792,6 +1749,14 @@ def fails(message, name, *args, **options):
     assert found == 1 and re.search(message, out), out
 
 
+def option_error(function, *args):
+    """What argparse says when a function ends the program with its exit code 2."""
+    with pytest.raises(SystemExit) as stop, contextlib.redirect_stderr(io.StringIO()) as said:
+        function(*args)
+    assert stop.value.code == 2 and said.getvalue().count("error:") == 1
+    return said.getvalue()
+
+
 def many(count, *args, name="train.py", environ={}, **options):
     """A script on several processes, as torchrun starts them: (exit codes, what each of them said). The first that
     fails ends the others."""
@@ -1847,8 +1812,10 @@ def made_once(tmp_path_factory):
     """A folder with sft, an SFT model, tdpo2, a run of the embedded task on it, and pairs.jsonl."""
     folder = tmp_path_factory.mktemp("runs")
     with contextlib.chdir(folder):
-        says(0, "saved sft", "train.py", "--method=sft", "--out_dir=sft", "--max_steps=40", "--eval_pairs=64")
-        out = says(0, "saved tdpo2", "train.py", *TASK, "--out_dir=tdpo2", "--max_steps=8", "--eval_interval=4")
+        says(0, "saved sft", "train.py", "--method=sft", "--out_dir=sft", "--max_steps=40", "--batch_size=32",
+             "--eval_pairs=32")
+        out = says(0, "saved tdpo2", "train.py", *TASK, "--out_dir=tdpo2", "--max_steps=8", "--batch_size=16",
+                   "--eval_interval=4")
         write_lines("tdpo2.txt", [out])
         write_lines("pairs.jsonl", review_pairs(60))
     return folder
@@ -1916,6 +1883,9 @@ def test_the_embedded_task_end_to_end(runs):
         rewards = eval_imdb.exact_reward([prefix + sft_text, prefix + text])
         assert [float(sft_reward), float(reward)] == approx(rewards, abs=0.006)
     assert AutoModelForCausalLM.from_pretrained("tdpo2").generate(max_new_tokens=4).shape[1] > 1
+
+    # the untrained model spreads over its 163 words
+    assert log_of("sft")[0]["eval_loss"] == approx(math.log(163), rel=0.02)
 
     # the pairs that it was trained on
     (path,) = glob.glob("reviews-pairs-*")
@@ -2125,9 +2095,8 @@ def test_a_folder_with_files_that_a_run_would_replace_is_refused(runs):
         os.makedirs(os.path.dirname(f"{folder}/{name}"))
         write_lines(f"{folder}/{name}", ["mine"])
         for overwrite in ("False", "True"):
-            with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as said:
-                train.configure(on_pairs(folder, f"--overwrite={overwrite}"))
-            assert f"has files that are in no run's record: {name}; move them" in said.getvalue()
+            said = option_error(train.configure, on_pairs(folder, f"--overwrite={overwrite}"))
+            assert f"has files that are in no run's record: {name}; move them" in said
     # beside a run, too
     trained("guest", "--max_steps=1")
     write_lines("guest/adapter_config.json", ["mine"])
@@ -2137,15 +2106,13 @@ def test_a_folder_with_files_that_a_run_would_replace_is_refused(runs):
 
 
 def test_tokenizers_that_save_a_folder_are_saved(runs):
-    """Several named chat templates lie in a folder; they are saved over and over, and go with their run."""
-    tokenizer = AutoTokenizer.from_pretrained("sft")
+    """Several named chat templates lie in a folder; they are saved over and over."""
+    model, tokenizer = sample.load_model("sft")
     tokenizer.chat_template = {"default": TEMPLATE, "tool_use": "tools " + TEMPLATE}
-    tokenizer.save_pretrained(shutil.copytree("sft", "named"))
-    trained("folder", "--init_from=named", "--max_steps=2", "--save_interval=1")
-    assert AutoTokenizer.from_pretrained("folder").chat_template == tokenizer.chat_template
-    assert any(map(os.path.isdir, glob.glob("folder/*")))
-    trained("folder", "--max_steps=1", "--overwrite=True")
-    assert not AutoTokenizer.from_pretrained("folder").chat_template
+    for step in range(2):
+        train.save("folder", model, tokenizer, torch.optim.RMSprop(model.parameters()), step)
+        assert AutoTokenizer.from_pretrained("folder").chat_template == tokenizer.chat_template
+    assert any(os.path.isdir(path) for path in glob.glob("folder/*"))
 
 
 WORDS, THETA = dict(SIZES, vocab_size=163), dict(rope_type="default", rope_theta=5e5)
@@ -2239,32 +2206,14 @@ def test_a_save_that_fails_keeps_the_one_before(runs):
     sample.load_model("full")
 
 
-def full_disk(number, name):
-    """before: nothing more can be written to files of this name, because the disk is full."""
-    class Full(io.TextIOWrapper):
-        def write(self, text):
-            raise OSError(number, os.strerror(number))
-    inner = builtins.open
-
-    def opened(path, mode="r", *args, **options):
-        if mode in "wa" and str(path).endswith(name):
-            return Full(inner(path, mode + "b"))
-        return inner(path, mode, *args, **options)
-    builtins.open = opened
-
-
 def test_a_full_disk_ends_in_one_sentence(runs):
-    """Wherever a run writes, and in sample.py."""
+    """Between two saves, and in sample.py."""
     said = "\nerror: .*make room. A run's last checkpoint is whole; continue with --resume=True\n$"
-    out = says(1, said, "sample.py", "--model=tdpo2", "--num_prompts=1", "--out=full.jsonl",
-               before=functools.partial(full_disk, errno.EDQUOT, "full.jsonl"))
+    out = says(1, said, "sample.py", "--model=tdpo2", "--num_prompts=1", "--out=/dev/full")
     assert "policy    | 1 responses | entropy" in out
-    # a real one, as far as that goes without a file system of its own
     trained("limit", "--max_steps=20", "--eval_interval=0", "--log_interval=1000")
-    for before in (limit_the_log, functools.partial(full_disk, errno.ENOSPC, "options.json.new")):
-        says(1, said, "train.py", *resuming("limit", "--max_steps=50"), before=before)
-        assert state_of("limit")["step"] == 20
-    assert last_step("limit") >= 29
+    says(1, said, "train.py", *resuming("limit", "--max_steps=50"), before=limit_the_log)
+    assert state_of("limit")["step"] == 20 and last_step("limit") >= 29
     resumed("limit", "--max_steps=21")
 
 
@@ -2307,13 +2256,12 @@ def test_damaged_checkpoints_are_refused_untouched(runs):
 
 def test_epochs_and_decay(runs):
     """48 pairs in steps of 8; a run whose rate decays keeps its number of steps."""
-    trained("decay", "--epochs=1.75", "--lr_decay=linear", "--save_interval=5", "--eval_interval=0")
+    trained("decay", "--epochs=1.75", "--lr_decay=linear", "--eval_interval=0")
     rates = [x["lr"] for x in steps_of("decay")]
     assert rates == approx([1e-4 * x for x in (1 / 3, 2 / 3, 1, 1, 6 / 7, 5 / 7, 4 / 7, 3 / 7, 2 / 7, 1 / 7, 0)])
-    for option in ("--epochs=2", "--max_steps=12"):
-        with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as said:
-            train.configure(resuming("decay", option))
-        assert f"{option.split('=')[0]} would change the run in decay: leave it out" in said.getvalue()
+    for name, value in (("epochs", 2), ("max_steps", 12)):
+        said = option_error(train.configure, resuming("decay", f"--{name}={value}"))
+        assert f"--{name} would change the run in decay: leave it out" in said
     says(1, "decay is at step 11 already", "train.py", *resuming("decay", "--epochs=1.75"))
     # a task's own number of steps
     assert train.configure(["--out_dir=x"])["max_steps"] == 120
@@ -2336,8 +2284,9 @@ def test_any_number_of_processes_ends_where_one_does(runs, words, name, parts, o
     sizes = dict(SIZES, vocab_size=len(words), eos_token_id=0)
     if name == "untied":
         save_with_words(tiny(hf.PhiConfig(**sizes, **MIDDLE)), name)
-    if name == "bf16":      # its numbers have a reference in bf16
-        save_with_words(tiny(hf.LlamaConfig(**sizes, **GROUPS)).bfloat16(), name)
+    # numbers of bf16 have a reference in bf16, if it is not spread; there biases come before weights
+    if name == "bf16":
+        save_with_words(tiny(hf.LlamaConfig(**sizes, **GROUPS, attention_bias=True)).bfloat16(), name)
     trained(name + "-whole", "--max_steps=4", "--batch_size=7", "--eval_interval=2", *options)
     # several rows a step, so that every process has some
     small = "--micro_tokens=128", "--checkpoint_activations=True"
@@ -2367,12 +2316,6 @@ def counting_checkpoints():
     torch.utils.checkpoint.checkpoint = train.checkpoint = counted
 
 
-def compiling_eagerly():
-    """before: Dynamo with no compiler after it; more graphs than its limit are an error."""
-    torch.compile = functools.partial(torch.compile, backend="eager")
-    torch._dynamo.config.fail_on_recompile_limit_hit, torch._dynamo.config.recompile_limit = True, 3
-
-
 def stepping(in_step):
     """before: call a function in every step, with the step's number."""
     clip, count = torch.nn.utils.clip_grad_norm_, []
@@ -2388,16 +2331,9 @@ def signal_to_rank_1():
     stepping(lambda n: n == 3 and os.environ["RANK"] == "1" and os.kill(os.getpid(), signal.SIGTERM))
 
 
-def test_a_compiled_run_has_the_same_losses(runs):
-    options = ["--max_steps=6", "--micro_tokens=128"]
-    trained("plain", *options)
-    trained("compiled", "--compile=True", *options, before=compiling_eagerly)
-    assert [x["loss"] for x in steps_of("compiled")] == approx([x["loss"] for x in steps_of("plain")], rel=1e-4)
-
-
 def test_processes_stop_together_and_go_on(runs):
-    """A signal that one of them gets ends all after the same step, which is saved; they go on compiled, to the task's
-    end, where all sample. Blocks gather their weights in bf16, in which all of them have to sample, too."""
+    """A signal that one of them gets ends all after the same step, which is saved; they go on to the task's end, where
+    all sample. Blocks gather their weights in bf16, in which all of them have to sample, too."""
     sizes = dict(SIZES, vocab_size=163, eos_token_id=0)
     save_with_words(tiny(hf.LlamaConfig(**sizes, **GROUPS)).bfloat16(), "stopping")
     go = [*TASK, "--init_from=stopping", "--dtype=bfloat16", "--max_new_tokens=8", "--max_prompt_length=8",
@@ -2405,8 +2341,7 @@ def test_processes_stop_together_and_go_on(runs):
     codes, (out, *_) = many(2, *go, before=signal_to_rank_1)
     assert codes == [128 + signal.SIGTERM] * 2 and "stopped after step 3" in out, out
     assert state_of("stopped")["step"] == 3
-    go = resuming("stopped", "--max_steps=5", "--compile=True")
-    codes, (out, *_) = many(2, *go, before=compiling_eagerly)
+    codes, (out, *_) = many(2, *resuming("stopped", "--max_steps=5"))
     first, last = [x for x in log_of("stopped") if "eval_reward" in x]
     assert codes == [0, 0], out
     assert last["step"] == 5 and last["eval_n"] == 24 and first["eval_sample_kl"] == 0 < last["eval_sample_kl"]
@@ -2491,7 +2426,7 @@ def test_a_signal_saves_nothing_broken_and_a_second_one_leaves_at_once(runs):
 
 def test_kills_leave_the_last_save(runs):
     """SIGKILL at random moments of a run that saves at every step; every other kill falls into a save."""
-    rng, step, lost = np.random.default_rng(), 0, 0
+    rng, step = np.random.default_rng(), 0
     options = on_pairs("kills", "--max_steps=100000", "--log_interval=1000", "--save_interval=1", "--eval_pairs=2")
 
     def saved():
@@ -2506,12 +2441,10 @@ def test_kills_leave_the_last_save(runs):
         logged = last_step("kills")
         run.process.kill()
         run.end()
-        lost += os.path.exists("kills/.saving")
         state = state_of("kills")
         assert last_step("kills") >= state["step"] >= max(step, logged - 1)
         sample.load_model("kills")
         step, options = state["step"], resuming("kills")
-    print(f"{lost} kills fell into a save")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2538,11 +2471,8 @@ OPTIONS = {     # options: what the message says
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_option_errors(runs, options, capsys):
-    with pytest.raises(SystemExit) as stop:
-        train.configure(options.split())
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and OPTIONS[options] in said and said.count("error:") == 1
+def test_option_errors(runs, options):
+    assert OPTIONS[options] in option_error(train.configure, options.split())
 
 
 def edited_programs(folder, *edits):
@@ -2812,9 +2742,7 @@ def test_output_is_created_when_it_is_written_and_not_before(runs):
              f"--out={out}")
     assert not os.path.exists("new") and open("mine.jsonl").read() == "mine\n"
     for out in (".", "new/", "mine.jsonl/x", "/proc/x/y"):
-        with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as said:
-            sample.writable(argparse.ArgumentParser(), out)
-        assert "choose a different --out" in said.getvalue()
+        assert "choose a different --out" in option_error(sample.writable, argparse.ArgumentParser(), out)
     says(0, "wrote new/folder/x.jsonl", "sample.py", "--model=tdpo2", "--num_prompts=1", "--out=new/folder/x.jsonl")
     assert len(lines_of("new/folder/x.jsonl")) == 2
     # not even root makes directories there
@@ -2957,7 +2885,7 @@ def test_the_trl_subclass_of_the_readme(runs):
         with mock.patch.object(trainer, name, True), pytest.raises(ValueError, match="leave out FSDP, DeepSpeed and"):
             trainer._compute_loss(trainer.model, batch, False)
     scaled = tiny(hf.GraniteConfig(**dict(SIZES, vocab_size=163), **MIDDLE, logits_scaling=1.01))
-    with mock.patch.object(trainer, "ref_model", scaled), pytest.raises(ValueError, match="this model's logits are not"):
+    with mock.patch.object(trainer, "ref_model", scaled), pytest.raises(ValueError, match="model's logits are not"):
         trainer._compute_loss(trainer.model, batch, False)
 
 
