@@ -1548,7 +1548,7 @@ def test_odd_texts_survive(tmp_path):
     assert [len(example.prompt) for example in examples] == [1, 16, 16]
     assert odd.startswith(tokenizer.decode(examples[2].chosen).rstrip("\ufffd"))
     smile = tokenizer("😀é")["input_ids"]
-    assert sample.response_text(tokenizer, smile[:2], smile[2:]).endswith("é")
+    assert sample.response_text(tokenizer, smile[:2], smile[2:]) == "é"
     prefixes = eval_imdb.task_prefixes({"train": ["😀" * 9] * 40, "test": []}, tokenizer, 1, 40, 40)
     assert all(x and "\ufffd" not in x for x in prefixes["train"])
 
