@@ -1669,7 +1669,7 @@ def test_a_classifier_is_a_reward(words, tmp_path):
 
 def test_pairs_are_of_weights_prefixes_and_options(words, tmp_path, capsys):
     options = dict(folder=str(tmp_path), name="reviews", reward="exact", completions=4, min_score_gap=0.1,
-                   max_new_tokens=24, seed=1, prefixes=["the plot", "i saw"])
+                   max_new_tokens=24, seed=1, prefixes=["the plot was superb", "i saw"])
     model = eval_imdb.scratch_model(0)[0]
 
     def build(weight=0.0, **changed):
@@ -1677,6 +1677,9 @@ def test_pairs_are_of_weights_prefixes_and_options(words, tmp_path, capsys):
         return eval_imdb.build_pairs(model, words, score=eval_imdb.exact_reward, **{**options, **changed})
     first = build()
     assert os.path.dirname(first) == str(tmp_path) and lines_of(first)
+    for row in lines_of(first):
+        rewards = eval_imdb.exact_reward([row["prompt"] + row["chosen"], row["prompt"] + row["rejected"]])
+        assert [row["chosen_score"], row["rejected_score"]] == rewards and rewards[0] - rewards[1] > 0.1
     assert build() == first and f"reusing {first}" in capsys.readouterr().out
     others = {build(prefixes=["the plot"]), build(seed=2), build(max_new_tokens=23), build(weight=1.0)}
     assert len(others - {first}) == 4
@@ -1890,11 +1893,8 @@ def test_the_embedded_task_end_to_end(runs):
 
     # the pairs that it was trained on
     (path,) = glob.glob("reviews-pairs-*")
-    rows = lines_of(path)
-    assert len(rows) > 20 and all(r["chosen_score"] - r["rejected_score"] > 0.1 for r in rows)
-    assert all(2 <= len(r["prompt"].split()) <= 8 for r in rows)
-    for side in ("chosen", "rejected"):
-        assert [r[side + "_score"] for r in rows] == eval_imdb.exact_reward([r["prompt"] + r[side] for r in rows])
+    prompts = [row["prompt"].split() for row in lines_of(path)]
+    assert len(prompts) > 20 and all(2 <= len(words) <= 8 for words in prompts)
 
 
 def test_a_run_ends_with_answers_to_prompts_that_it_held_out(runs):
