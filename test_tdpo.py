@@ -1,11 +1,10 @@
-"""Tests of the four programs: python -m pytest -q -n 2. They need no GPU and no network, and take three to four
+"""Tests of the four programs: python -m pytest -q -n 2. They need no GPU and no network, and take less than three
 minutes in two processes (-n 2, by pytest-xdist).
 
 TDPO_KILLS=20 kills a run more often, TDPO_RUNS=100 starts more runs under torchrun, and TDPO_STEPS=500 watches the
 memory of a run for longer.
 """
 import argparse
-import builtins
 import contextlib
 import copy
 import datetime
@@ -54,14 +53,12 @@ import pytest
 import torch
 import transformers as hf
 from pytest import approx
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.autograd import grad
 from torch.nn.attention import flex_attention as flex
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import flex_attention as integration
-from transformers.pytorch_utils import Conv1D
 
 import eval_imdb
 import sample
@@ -72,9 +69,8 @@ METHODS = ("dpo", "fdpo", "tdpo1", "tdpo2")
 close = functools.partial(torch.allclose, rtol=1e-9, atol=1e-12)
 
 
-def text_of(name):
-    path = os.path.join(HERE, name)
-    return open(path, encoding="utf-8").read() if os.path.exists(path) else ""
+def text_of(path):
+    return pathlib.Path(HERE, path).read_text(encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,6 +175,13 @@ def cast(case, dtype):
     return [x.requires_grad_(n < 2) if x.is_floating_point() else x for n, x in enumerate(case)]
 
 
+def rounded_case(V):
+    """A fused case in fp32, and its operands rounded to bf16, in float64."""
+    case = fused_case(pairs=40, d=64, V=V, dtype=torch.float32)
+    case[1], case[3] = 0.1 * case[1].detach(), 0.1 * case[3]
+    return case, cast(cast(case, torch.bfloat16), torch.float64)
+
+
 def bytes_of(tokens, V):
     """The CHUNK_BYTES of chunks of so many tokens, of which a CPU takes a quarter."""
     return 4 * 4 * V * tokens
@@ -258,16 +261,6 @@ def test_value_and_gradient_equal_the_slow_loop(name, monkeypatch):
         loss, stats = module.fused_tdpo_loss(*case, method, beta=BETA, alpha=ALPHA)
         d_hidden, d_weight = grad(3 * loss, case[:2])
         check(loss, stats, [(d_hidden, 3 * d_logits @ weight), (d_weight, 3 * d_logits.T @ hidden)])
-
-
-def test_what_the_paper_says_of_its_losses():
-    """TDPO1 and TDPO2 at alpha 1 share their value, not their gradient; TDPO2 at alpha 0 is DPO."""
-    pi, *rest = random_case()
-    cases = ("tdpo1", 1), ("tdpo2", 1), ("tdpo2", 0), ("dpo", 0)
-    losses = [tdpo.tdpo_loss(pi, *rest, method, beta=BETA, alpha=alpha)[0] for method, alpha in cases]
-    grads = [grad(x.sum(), pi)[0] for x in losses]
-    assert torch.equal(losses[0], losses[1]) and not torch.allclose(grads[0], grads[1], atol=1e-4)
-    assert torch.equal(losses[2], losses[3]) and torch.equal(grads[2], grads[3])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -402,7 +395,7 @@ def test_fused_refuses_a_second_derivative_and_disordered_pairs():
     with pytest.raises(RuntimeError):
         (d_hidden,) = grad(loss, case[0], create_graph=True)
         (loss + d_hidden.square().sum()).backward()         # a penalty on the gradient must not get lost in silence
-    for pair, said in ((case[5].flip(0), "sorted by pair"), (2 * case[5], "without gaps"),
+    for pair, said in ((case[5].flip(0), "sorted by pair"), (2 * case[5], "gaps"),
                        (case[5][:-1], "one entry for each"), (case[5][:0], "one entry for each")):
         with pytest.raises(ValueError, match=said):
             tdpo.fused_tdpo_loss(*case[:5], pair, case[6])
@@ -410,7 +403,7 @@ def test_fused_refuses_a_second_derivative_and_disordered_pairs():
 
 @pytest.mark.parametrize("side", (True, False))
 def test_pairs_that_lack_a_response_are_refused_in_both_forms(side):
-    """The first, a middle one and the last pair; in rows a response that no pair names may be empty."""
+    """The first, a middle one and the last pair."""
     case, (pi, ref, labels, yw, yl) = fused_case(pairs=3), random_case()
     for missing in range(3):
         keep = (case[5] != missing) | (case[6] != side)
@@ -421,27 +414,25 @@ def test_pairs_that_lack_a_response_are_refused_in_both_forms(side):
         empty[(yw if side else yl)[missing], 1:] = -100
         with pytest.raises(ValueError, match="chosen and rejected tokens"):
             tdpo.tdpo_loss(pi, ref, empty, yw, yl)
-    others = [n for n in range(3) if n != missing]
-    tdpo.tdpo_loss(pi, ref, empty, yw[others], yl[others])
 
 
 def test_fused_is_accurate_in_fp32_and_under_bf16_autocast():
-    """Operands rounded to bf16, as GPUs and CPUs with such products take them, cost less than 2 %, logits that are
+    """Operands rounded to bf16, as GPUs and CPUs with such products take them, cost less than 2 %; logits that are
     rounded would cost more."""
     hidden, weight, noise, _, *rest = fused_case(pairs=40, d=64, V=500)
     exact = cast([hidden, 0.1 * weight, hidden + 0.05 * noise, 0.1 * weight, *rest], torch.float64)
-    low, rounded = cast(exact, torch.float32), cast(cast(exact, torch.bfloat16), torch.float32)
+    low = cast(exact, torch.float32)
     loss, expected = tdpo.fused_tdpo_loss(*exact)
-    single, operands = tdpo.fused_tdpo_loss(*low)[1], tdpo.fused_tdpo_loss(*rounded)[1]
 
     def error(stats, name):             # of the KLs of 1e-3 and more
         keep = expected[name] >= 1e-3
         assert keep.sum() > 10
         return ((stats[name] - expected[name]).abs() / expected[name])[keep].max()
+    _, single = tdpo.fused_tdpo_loss(*low)
     with torch.autocast("cpu", torch.bfloat16):
         autocast_loss, autocast = tdpo.fused_tdpo_loss(*low)
         _, by_unfused = whole(*low)
-    for stats, limit in ((single, 1e-4), (autocast, 2e-2), (operands, 2e-2)):
+    for stats, limit in ((single, 1e-4), (autocast, 2e-2)):
         assert max(error(stats, "kl_w"), error(stats, "kl_l")) < limit < error(by_unfused, "kl_l")
     for a, b in zip(grad(autocast_loss, low[:2]), grad(loss, exact[:2])):
         assert (a - b).norm() / b.norm() < 1e-2
@@ -475,33 +466,28 @@ class OnGPU(torch.Tensor):
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_fused_takes_the_branches_of_a_gpu(cuda_autocast, monkeypatch):
     """Emulated: rounded operands, fp32 logits, fp32 sums; against float64 on the same rounded operands."""
-    case = fused_case(pairs=40, d=64, V=500, dtype=torch.float32)
-    case[1], case[3] = 0.1 * case[1].detach(), 0.1 * case[3]
-    rounded = cast(cast(case, torch.bfloat16), torch.float64)
+    case, rounded = rounded_case(V=500)
     expected, _ = whole(*rounded)
-    monkeypatch.setattr(tdpo, "CHUNK_BYTES", 4 * 500 * 100)
+    monkeypatch.setattr(tdpo, "CHUNK_BYTES", 4 * 500 * 12)
     monkeypatch.setattr(OnGPU, "products", [])
     inputs = [x.detach().as_subclass(OnGPU).requires_grad_() for x in case[:2]]
     loss, stats = tdpo.fused_tdpo_loss(*inputs, *[x.as_subclass(OnGPU) for x in case[2:]])
     assert loss.dtype == torch.float32 and loss.item() == approx(expected.item(), rel=1e-5)
     for found, right in zip(grad(loss, inputs), grad(expected, rounded[:2])):
-        assert found.dtype == torch.float32 and (found - right).norm() / right.norm() < 1e-2
+        assert found.dtype == torch.float32 and (found - right).norm() / right.norm() < 4e-3
     # of every chunk the two logits and the weight's gradient
     assert set(OnGPU.products) == {(torch.bfloat16, torch.bfloat16, torch.float32)}
-    assert len(OnGPU.products) % 3 == 0 and len(OnGPU.products) // 3 >= len(case[0]) // 100
+    assert len(OnGPU.products) % 3 == 0 and len(OnGPU.products) // 3 >= len(case[0]) // 12
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a GPU")
 @pytest.mark.parametrize("V", [500, 50257])
 def test_gpu_fused_is_that_of_rounded_operands_and_waits_for_nothing(V):
     """The same on a GPU; the large vocabulary is compiled."""
-    case = fused_case(pairs=40, d=64, V=V, dtype=torch.float32)
-    case[1], case[3] = 0.1 * case[1].detach(), 0.1 * case[3]
-    rounded = cast(cast(case, torch.bfloat16), torch.float64)
+    case, rounded = rounded_case(V)
     expected, _ = whole(*rounded)
-    inputs = [x.detach().cuda() for x in case[:5]]
-    inputs[0].requires_grad_()
-    inputs[1].requires_grad_()
+    inputs = [x.detach().cuda().requires_grad_(n < 2) for n, x in enumerate(case[:4])]
+    inputs.append(case[4].cuda())
     with torch.autocast("cuda", torch.bfloat16):
         tdpo.fused_tdpo_loss(*inputs, *case[5:])        # compiles
         torch.cuda.set_sync_debug_mode("error")
@@ -526,21 +512,6 @@ def test_sft_loss_is_cross_entropy(tokens, monkeypatch):
     with Memory() as memory:
         train.sft_loss(hidden, weight, labels)
     assert tokens == 512 or memory.peak < len(labels) * 11 * 8 + 8 * 11 * 8 * tokens
-
-
-def test_sft_loss_under_bf16_autocast():
-    """Logits that are rounded to bf16 cost a loss at most 2 %."""
-    hidden, weight, _, _, labels, *_ = fused_case(pairs=40, d=64, V=500, dtype=torch.float32)
-    weight = (0.1 * weight).detach().requires_grad_()
-    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="none")
-    with torch.autocast("cpu", torch.bfloat16):
-        losses = train.sft_loss(hidden, weight, labels)
-    assert losses.dtype == torch.float32
-    errors = (losses - expected).abs()
-    print(f"largest error {errors.max():.2g} nats, of the mean {(losses.mean() - expected.mean()).abs():.2g} nats")
-    assert errors.max() < 0.05 and losses.mean().item() == approx(expected.mean().item(), rel=1e-3)
-    for a, b in zip(grad(losses.mean(), (hidden, weight)), grad(expected.mean(), (hidden, weight))):
-        assert (a - b).norm() / b.norm() < 1e-2
 
 
 def test_fused_takes_bf16_inputs():
@@ -599,10 +570,7 @@ REGISTERED = {
     "phi": hf.PhiConfig(**SIZES, **MIDDLE),              # whose output layer has a bias
 }
 OTHERS = {
-    "gptj": hf.GPTJConfig(**GPT, rotary_dim=4),
     "gpt_neo": hf.GPTNeoConfig(**SIZES, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]),
-    "codegen": hf.CodeGenConfig(**GPT, rotary_dim=4),
-    "xglm": hf.XGLMConfig(vocab_size=61, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4),
     "falcon": hf.FalconConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
     "biogpt": hf.BioGptConfig(**SIZES, **MIDDLE),        # takes one, although it does not say so
 }
@@ -616,6 +584,12 @@ def tiny(config, seed=0):
     for bias in [p for name, p in model.named_parameters() if name == "lm_head.bias"]:
         torch.nn.init.normal_(bias)
     return model
+
+
+def save_with_words(model, folder, **options):
+    """A Hugging Face directory of a model, with the tokenizer of the embedded task."""
+    model.save_pretrained(folder, **options)
+    eval_imdb.scratch_model(0)[1].save_pretrained(folder)
 
 
 def examples_of(seed=0, n=5, V=61):
@@ -632,26 +606,13 @@ def example_of(prompt, chosen, rejected, where="", text=""):
 
 def test_a_row_is_what_is_drawn_above_collate():
     examples = [example_of([5, 6, 7], [1, 2, 3, 4], [8, 9, 9]), example_of([5, 6], [1, 2], [3, 4])]
-    pairs, parts, row = "000000001111", "000111220012", [5, 6, 7, 1, 2, 3, 8, 9, 5, 6, 1, 3]
-    flex_row, batch = train.collate(examples, 15), train.collate(examples)
-    assert batch["ids"].tolist() == [row] and flex_row["ids"].tolist() == [[*row, 0, 0, 0]]
-    position = [0, 1, 2, 3, 4, 5, 3, 4, 0, 1, 2, 2]
-    assert batch["position"].tolist() == [position] and flex_row["position"].tolist() == [[*position, 0, 0, 0]]
-    for found in (flex_row, batch):
-        assert found["source"].tolist() == [2, 3, 4, 5, 2, 6, 7, 9, 10, 9, 11]
-        assert found["labels"].tolist() == [1, 2, 3, 4, 8, 9, 9, 1, 2, 3, 4]
-        assert found["pair"].tolist() == [0] * 7 + [1] * 4
-        assert found["chosen"].tolist() == [True] * 4 + [False] * 3 + [True] * 2 + [False] * 2
-    # pair by pair there is a mask for each of them
-    sizes, masks, _ = batch["attention"]["layout"]
-    assert sizes == [8, 4] == [train.size(example) for example in examples]
-    mask, begins = flex_row["attention"]["layout"].mask_mod, dict(zip("01", (0, 8)))
-    for q, k in np.ndindex(12, 12):
-        visible = k <= q and pairs[q] == pairs[k] and parts[k] in ("0", parts[q])
-        assert mask(0, 0, torch.tensor(q), torch.tensor(k)) == visible, (q, k)
-        if pairs[q] == pairs[k]:
-            begin = begins[pairs[q]]
-            assert (masks[int(pairs[q])][q - begin, k - begin] == 0) == visible, (q, k)
+    ids, position = [5, 6, 7, 1, 2, 3, 8, 9, 5, 6, 1, 3], [0, 1, 2, 3, 4, 5, 3, 4, 0, 1, 2, 2]
+    for length, padding in ((0, []), (15, [0] * 3)):
+        row = train.collate(examples, length)
+        assert row["ids"].tolist() == [ids + padding] and row["position"].tolist() == [position + padding]
+        assert row["labels"].tolist() == [1, 2, 3, 4, 8, 9, 9, 1, 2, 3, 4]
+        assert row["pair"].tolist() == [0] * 7 + [1] * 4
+        assert row["chosen"].tolist() == [True] * 4 + [False] * 3 + [True] * 2 + [False] * 2
 
 
 def own_loss(model, ref, examples, attention="pairs", **knobs):
@@ -711,8 +672,7 @@ def rows_equal_sequences(model, ref, attention, atol=4e-6):
         assert torch.allclose(packed[key], p.grad, atol=atol), key
 
 
-@pytest.mark.parametrize("name, attention", [*itertools.product(REGISTERED, ("pairs", "flex")), ("llama", "traced"),
-                                             ("gpt2", "traced")])
+@pytest.mark.parametrize("name, attention", [*itertools.product(REGISTERED, ("pairs", "flex")), ("gpt2", "traced")])
 def test_packed_rows_equal_separate_sequences(name, attention, eager_flex):
     rows_equal_sequences(tiny(name), tiny(name, 1), attention)
 
@@ -762,48 +722,6 @@ def test_a_compiled_body_takes_every_block_mask_with_one_graph(eager_flex):
         states = train.response_states(body, model, a), train.response_states(model.base_model, model, b)
         assert torch.allclose(*states, atol=2e-6)
     assert counters["unique_graphs"] - before == 1
-
-
-class OnCPU(torch.Tensor):
-    """Real indices amid tensors without data: what is computed of them on the CPU has values."""
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.to:
-            return torch.empty(args[0].shape, dtype=args[0].dtype, device=args[1])
-        if func is torch.Tensor.equal:
-            return True
-        with unset_fake_temporarily():
-            return super().__torch_function__(func, types, args, kwargs or {})
-
-
-@pytest.mark.skipif(not torch.version.cuda or torch.cuda.is_available(), reason="takes torch's CUDA build, and no GPU")
-@pytest.mark.parametrize("name", REGISTERED)
-def test_a_pass_on_a_gpu_that_is_not_there(name, eager_flex, cuda_autocast, monkeypatch):
-    """The forward pass on tensors of cuda:0 without data: an operation on two devices raises, and so does one that has
-    to wait for a value. A backward pass would need a driver."""
-    real, tensor, seen = train.collate(examples_of()), torch.tensor, []
-
-    def stats_seen(logits, ref_logits, labels):
-        seen.extend(["logits", x.device.type, x.dtype] for x in (logits, ref_logits))
-        return statistics(logits, ref_logits, labels)
-    statistics = tdpo.token_stats
-    monkeypatch.setattr(torch, "tensor", lambda x, pin_memory=False: tensor(x))     # pages of a driver
-    monkeypatch.setattr(tdpo, "token_stats", stats_seen)
-    monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        with torch.device("cuda:0"):
-            models = [AutoModelForCausalLM.from_config({**REGISTERED}[name]).eval() for _ in range(2)]
-        batch, states = train.collate(examples_of(), 128, "cuda:0"), []
-        batch.update({key: real[key].as_subclass(OnCPU) for key in ("pair", "chosen")})
-        for m in models:
-            m.set_attn_implementation("pair_attention")
-            for block in train.blocks_of(m):
-                first = next(x for x in block.modules() if isinstance(x, (torch.nn.Linear, Conv1D)))
-                first.register_forward_hook(lambda *args: seen.append(["linear", args[2].device.type, args[2].dtype]))
-            states += [train.response_states(m.base_model, m, batch), train.output_weight(m)]
-        loss, stats = tdpo.fused_tdpo_loss(*states, batch["labels"], batch["pair"], batch["chosen"])
-    assert seen.count(["linear", "cuda", torch.bfloat16]) == 4 and seen.count(["logits", "cuda", torch.float32]) == 2
-    assert len(seen) == 6 and {(x.device.type, x.dtype) for x in (loss, *stats.values())} == {("cuda", torch.float32)}
 
 
 LONGEST = max(len(e.prompt) + max(len(e.chosen), len(e.rejected)) - 1 for e in examples_of())
@@ -864,23 +782,20 @@ def test_rows_hold_sequences_of_one_side_of_a_longrope_border(longrope):
     for examples, shortest, fits in (([at, at], 12, True), ([beyond, far], 17, True), ([beyond, far], 16, False),
                                      ([at, far], 12, False), ([far, at], 12, False), ([split, split], 12, False)):
         found = packing_error(longrope[0], examples, shortest=shortest)
-        assert found.startswith("its LongRoPE gives") != fits and (found == "") == fits
+        assert found.startswith("its LongRoPE") != fits and (found == "") == fits
 
 
-def test_data_on_both_sides_of_a_longrope_border_are_refused_in_any_order(runs, longrope):
+def test_data_on_both_sides_of_a_longrope_border_are_refused(runs, longrope):
+    """Also if neither the first row nor the longest one lies on the shorter side."""
     config = copy.deepcopy(longrope[0].config)
     config.vocab_size = 163
-    tiny(config).save_pretrained("long-rope")
-    AutoTokenizer.from_pretrained("sft").save_pretrained("long-rope")
-    short, long = dict(prompt="the plot", chosen=" was warm", rejected=" was dull"), lines_of("pairs.jsonl")
-    assert all(len((row["prompt"] + row[side]).split()) > 16 for row in long for side in ("chosen", "rejected"))
-    for name, rows, fits in (("first", [short, *long], False), ("last", [*long, short], False), ("none", long, True)):
-        data = write_lines(f"long-{name}.jsonl", rows)
-        says(1 - fits, "saved" if fits else "in packed rows: its LongRoPE gives", "train.py", *on_pairs(
-            f"long-{name}", f"--data={data}", "--init_from=long-rope", "--max_steps=1"))
+    save_with_words(tiny(config), "long-rope")
+    data = write_lines("both-sides.jsonl", [*lines_of("pairs.jsonl"), GOOD])
+    says(1, "in packed rows: its LongRoPE", "train.py", *on_pairs(
+        "both-sides", f"--data={data}", "--init_from=long-rope", "--max_steps=1"))
 
 
-def test_samples_beside_a_longer_one_are_drawn_and_measured_as_alone(longrope):
+def test_samples_beside_a_longer_one_are_drawn_and_measured_as_if_it_were_not_there(longrope):
     (model, ref), tokenizer = longrope, types.SimpleNamespace(eos_token_id=None)
     prompts, responses = [[5, 6], [7] * 11, [8] * 30, [9] * 17], [[1, 2, 3], [4] * 6, [2, 3], [5] * 3]
     model.generation_config.eos_token_id = None
@@ -896,7 +811,7 @@ def test_samples_beside_a_longer_one_are_drawn_and_measured_as_alone(longrope):
 
 
 def test_a_reason_that_no_configuration_gives_is_found_by_comparison(monkeypatch):
-    """In pieces of a few logits: in a row that leaks, the last token of the last response may be the only one that is
+    """In pieces of a few logits. In a row that leaks, the last token of the last response may be the only one that is
     wrong."""
     model, examples, pieces = tiny("gpt2"), examples_of(), []
     forward = model.forward
@@ -914,20 +829,14 @@ def test_a_reason_that_no_configuration_gives_is_found_by_comparison(monkeypatch
         last = len(pair) - 1
         return sees(q, k, pair, part) | ((q == last) & (pair[last] == pair[k]))
     monkeypatch.setattr(train, "sees", leaking)
-    monkeypatch.setattr(train, "CHUNK_BYTES", 2**29)
-    assert packing_error(model, examples).startswith("packed rows give other logits than separate sequences")
-    monkeypatch.setattr(train, "CHUNK_BYTES", 1)
     assert packing_error(model, examples).startswith("packed rows give other logits than separate sequences")
 
 
-@pytest.mark.parametrize("error", (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+@pytest.mark.parametrize("error", (torch.OutOfMemoryError("CUDA out of memory"),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")))
 def test_a_check_that_runs_out_of_memory_says_so(error, monkeypatch):
     model = tiny("gpt2")
-
-    def full(*args, **options):
-        raise error
-    monkeypatch.setattr(model.transformer, "forward", full)
+    monkeypatch.setattr(model.transformer, "forward", mock.Mock(side_effect=error))
     with pytest.raises(type(error)) as found:
         packing_error(model)
     assert found.value is error
@@ -947,8 +856,7 @@ def test_a_step_takes_each_pair_once_an_epoch():
 
 
 def test_rows_are_filled():
-    """Simulated on lengths like HH's, in the steps of a run: the share of the places in rows that hold a token, and the
-    same of the length that would make a mean step's tokens fill its rows."""
+    """Simulated on lengths like HH's, in the steps of a run: the share of the places in rows that hold a token."""
     rng = np.random.default_rng(0)
     sizes = rng.lognormal(5.4, 0.5, 2000).clip(40, 760).astype(int).tolist()
     for world, share in ((1, 0.88), (2, 0.88), (4, 0.82), (8, 0.75)):
@@ -1012,46 +920,25 @@ def parametrized(module):
     return torch.nn.utils.parametrize.is_parametrized(module, "weight")
 
 
+@pytest.mark.parametrize("low", (False, True))
 @pytest.mark.parametrize("name", REGISTERED)
-def test_adapters_are_w_plus_ba(name):
-    """Against the same model whose weights are W + BA, and by the chain rule: dB = dW A^T, dA = B^T dW."""
+def test_adapters_are_w_plus_ba(name, low):
+    """Against the same model whose weights are W + BA. low: W is rounded to bf16, while the adapters and their
+    gradients stay in fp32."""
     model, whole, ids = tiny(name), tiny(name), torch.tensor([examples_of()[0].prompt * 4])
-    before, adapters = model(ids).logits, adapted(model)
+    before, adapters = model(ids).logits, adapted(model, low=low)
     assert len(adapters) >= 8 and not any("lm_head" in layer or "embed" in layer for layer in adapters)
     for layer, adapter in adapters.items():
-        whole.get_submodule(layer).weight.data += 32 / 3 * adapter.B @ adapter.A
-    logits, expected = model(ids).logits, whole(ids).logits
-    assert torch.allclose(logits, expected, atol=1e-5) and not torch.allclose(logits, before, atol=1e-2)
-    (logits**3).mean().backward()
-    (expected**3).mean().backward()
-    for layer, adapter in adapters.items():
-        d_weight = 32 / 3 * whole.get_submodule(layer).weight.grad
-        assert torch.allclose(adapter.B.grad, d_weight @ adapter.A.T, atol=1e-6, rtol=1e-4), layer
-        assert torch.allclose(adapter.A.grad, adapter.B.T @ d_weight, atol=1e-6, rtol=1e-4), layer
-    trains = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert trains == {f"{layer}.parametrizations.weight.0.{x}" for layer in adapters for x in "AB"}
-
-
-@pytest.mark.parametrize("name", REGISTERED)
-def test_adapters_on_a_bf16_base_are_w_plus_ba_under_autocast(name):
-    """The base is rounded, the adapters and their gradients stay in fp32."""
-    model, whole, ids = tiny(name), tiny(name), torch.tensor([examples_of()[0].prompt * 4])
-    adapters = adapted(model, low=True)
-    for layer, adapter in adapters.items():
         base = model.get_submodule(layer).parametrizations.weight.original
-        assert base.dtype == torch.bfloat16 and not base.requires_grad
+        assert base.dtype == (torch.bfloat16 if low else torch.float32)
         whole.get_submodule(layer).weight.data = base.float() + 32 / 3 * adapter.B @ adapter.A
-    with torch.autocast("cpu", torch.bfloat16):
-        (model(ids).logits.float()**3).mean().backward()
-        (whole(ids).logits.float()**3).mean().backward()
-    found, expected = [], []
-    for layer, adapter in adapters.items():
-        assert {x.dtype for x in (adapter.A, adapter.B, adapter.A.grad, adapter.B.grad)} == {torch.float32}
-        d_weight = 32 / 3 * whole.get_submodule(layer).weight.grad
-        found += [adapter.B.grad.flatten(), adapter.A.grad.flatten()]
-        expected += [(d_weight @ adapter.A.T).flatten(), (adapter.B.T @ d_weight).flatten()]
-    found, expected = torch.cat(found), torch.cat(expected)
-    assert (found - expected).norm() / expected.norm() < 0.03
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        logits, expected = model(ids).logits.float(), whole(ids).logits.float()
+        logits.square().mean().backward()
+    assert torch.dist(logits, expected) < (0.03 if low else 1e-5) * expected.norm() < torch.dist(logits, before)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert set(gradients) == {f"{layer}.parametrizations.weight.0.{x}" for layer in adapters for x in "AB"}
+    assert all(x.dtype == torch.float32 and x.any() for x in gradients.values())
 
 
 @pytest.mark.parametrize("name", REGISTERED)
@@ -1090,18 +977,16 @@ def test_checkpointed_blocks_give_the_same_gradients(name, rank):
     assert all(torch.equal(a, b) for a, b in zip(*grads)) and counts[1] == 2 * counts[0] == 4
 
 
-@pytest.mark.parametrize("name, checkpointed", [("gpt2", False), ("llama", True)])
-def test_adapters_and_checkpointed_blocks_compile(name, checkpointed, eager_flex):
+def test_adapters_and_checkpointed_blocks_compile(eager_flex):
     """As on a GPU, where a run is compiled: one graph, the gradients of the model that is not compiled."""
-    config = copy.deepcopy(REGISTERED[name])
+    config = copy.deepcopy(REGISTERED["llama"])
     config.num_hidden_layers = 1
     grads = []
     for attention in ("flex", "traced"):
         torch._dynamo.reset()
         model, ref = tiny(config), tiny(config, 1)
         adapted(model)
-        if checkpointed:
-            train.checkpoint_blocks(model)
+        train.checkpoint_blocks(model)
         torch._dynamo.utils.counters.clear()
         loss, _ = own_loss(model, ref, examples_of()[:3], attention)
         loss.backward()
@@ -1113,63 +998,53 @@ def test_adapters_and_checkpointed_blocks_compile(name, checkpointed, eager_flex
 
 @pytest.mark.parametrize("kind, moments", [(torch.optim.RMSprop, 1), (torch.optim.AdamW, 2)])
 def test_trying_a_row_changes_nothing(kind, moments, monkeypatch):
-    """Buffers as large as the optimizer's state are held while the row is tried, unless the state is already there."""
-    weight, made, alive = torch.nn.Parameter(torch.randn(4, 5)), [], []
+    """Buffers as large as the optimizer's state are held while the row is tried."""
+    weight, made = torch.nn.Parameter(torch.randn(4, 5)), []
     empty_like = torch.empty_like
 
     def counted(x):
-        made.append(weakref.ref(out := empty_like(x)))
-        return out
+        made.append(x.shape)
+        return empty_like(x)
 
     def forward(batch, counts):
-        assert batch == "batch" and counts
-        alive.append(sum(ref() is not None for ref in made))
+        assert batch == "batch" and counts and made == [(4, 5)] * moments
         return (weight * torch.rand_like(weight)).sum(), {}
     monkeypatch.setattr(torch, "empty_like", counted)
     opt, state = kind([weight]), torch.get_rng_state()
     train.try_row("batch", forward, opt)
-    assert alive == [moments] and all(ref() is None for ref in made)
     assert weight.grad is None and not opt.state and torch.equal(torch.get_rng_state(), state)
-    forward("batch", True)[0].backward()
-    opt.step()
-    made.clear()
-    train.try_row("batch", forward, opt)
-    assert alive[-1] == 0 and weight.grad is None
 
 
-def test_a_row_that_does_not_fit_ends_in_one_sentence():
-    def forward(batch, counts):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-    with pytest.raises(SystemExit) as stop:
-        train.try_row(None, forward, torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))
-    said = stop.value.code
-    assert said.startswith("error: ") and "Tried to allocate 2 GiB" in said and "\n" not in said
-    assert all(option in said for option in ("checkpoint_activations", "micro_tokens", "max_length", "lora_rank"))
-
-
-def test_checkpointing_is_refused_where_a_model_names_no_blocks():
-    with pytest.raises(SystemExit, match="BioGptForCausalLM names no blocks"):
-        train.checkpoint_blocks(tiny(hf.BioGptConfig(**SIZES, **MIDDLE)))
+def test_a_row_that_does_not_fit_names_the_options_that_take_less(capsys):
+    full = mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    with pytest.raises((SystemExit, torch.OutOfMemoryError)) as stop:
+        train.try_row(None, full, torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))
+    sample.explain(stop.type, stop.value, None)
+    assert re.search("error: .*Tried to allocate 2 GiB.*checkpoint_activations", capsys.readouterr().err)
 
 
 LORA = ["--lora_rank=3", "--eval_interval=3"]
 
 
-@pytest.mark.parametrize("options", ([], ["--dtype=bfloat16", "--optimizer=adamw"], ["--method=sft"]))
-def test_adapters_are_trained_saved_merged_and_resumed(runs, options):
+def test_adapters_have_ten_times_the_rate():
+    for options, rate in (([], 5e-5), (["--learning_rate=1e-6"], 1e-6)):
+        run = train.configure(["--lora_rank=4", "--data=hh", "--init_from=x", "--out_dir=x", *options])
+        assert run["learning_rate"] == approx(rate)
+
+
+def test_adapters_are_trained_saved_merged_and_resumed(runs):
     """state.pt holds only them; the directory is an ordinary model; the reference is the model without them."""
-    name = "lora" + "".join(options)
-    trained(name + "-whole", *LORA, *options, "--max_steps=6")
-    trained(name, *LORA, *options, "--max_steps=3")
-    resumed(name, "--max_steps=6")
-    same_run(name + "-whole", name)
-    first, state = log_of(name)[0], state_of(name)
-    if "--method=sft" not in options:
-        assert first["eval_kl_l"] == first["eval_kl_w"] == 0 and first["eval_loss"] == approx(math.log(2))
-        assert steps_of(name)[-1]["kl_l"] > 1e-4
-    start, merged = sample.load_model("sft")[0], sample.load_model(name)[0]
+    options = [*LORA, "--dtype=bfloat16", "--optimizer=adamw"]
+    trained("lora-whole", *options, "--max_steps=4")
+    trained("lora", *options, "--max_steps=2")
+    resumed("lora", "--max_steps=4")
+    same_run("lora-whole", "lora")
+    first, state = log_of("lora")[0], state_of("lora")
+    assert first["eval_kl_l"] == first["eval_kl_w"] == 0 and first["eval_loss"] == approx(math.log(2))
+    assert steps_of("lora")[-1]["kl_l"] > 1e-4
+    start, merged = sample.load_model("sft")[0], sample.load_model("lora")[0]
     ids = torch.arange(40)[None]
-    train.adapt(start, 3, low="bfloat16" in name)
+    train.adapt(start, 3, low=True)
     plain = start(ids).logits
     assert sorted(state["weights"]) == sorted(n for n, p in start.named_parameters() if p.requires_grad)
     start.load_state_dict(state["weights"], strict=False)
@@ -1177,25 +1052,24 @@ def test_adapters_are_trained_saved_merged_and_resumed(runs, options):
     assert not torch.allclose(plain, merged(ids).logits, atol=1e-3)
     assert merged.dtype == torch.float32 and merged.transformer.wte.weight.equal(start.transformer.wte.weight)
 
-
-def test_adapters_go_on_with_the_weights_that_they_were_put_on(runs):
-    """state.pt does not hold these; the reference is a different model."""
+    # the weights that they were put on are not in state.pt, but they have to be the same
     shutil.copytree("sft", "base")
-    trained("moved", *LORA, "--init_from=base", "--ref_from=sft", "--max_steps=2")
-    model, tokenizer = sample.load_model("base")
-    with torch.no_grad():
-        model.transformer.h[0].mlp.c_fc.weight += 0.1
-    model.save_pretrained("base")
+    trained("moved", *LORA, "--init_from=base", "--ref_from=sft", "--max_steps=1")
+    start = sample.load_model("base")[0]
+    start.transformer.h[0].mlp.c_fc.weight.data += 0.1
+    start.save_pretrained("base")
     says(1, "the data or the model that the run", "train.py", "--resume=True", "--out_dir=moved", "--max_steps=4")
-    # adapters of other names, as of a different version of transformers, are not dropped
-    trained("renamed", *LORA, "--max_steps=2")
-    state = torch.load("renamed/state.pt")
+
+
+def test_adapters_of_other_names_are_not_dropped(runs):
+    """As of a different version of transformers."""
+    trained("renamed", *LORA, "--max_steps=1")
+    state = state_of("renamed")
     state["weights"] = {name.replace("transformer.", "model."): x for name, x in state["weights"].items()}
     torch.save(state, "renamed/state.pt")
-    before = open("renamed/state.pt", "rb").read()
-    says(1, "does not fit this model: .*Unexpected key.*model.h.0", "train.py", "--resume=True", "--out_dir=renamed",
-         "--max_steps=4")
-    assert open("renamed/state.pt", "rb").read() == before
+    before = contents("renamed")
+    fails("Unexpected key.*model.h.0", "train.py", "--resume=True", "--out_dir=renamed", "--max_steps=4")
+    assert contents("renamed") == before
 
 
 # an indexer chooses what a token attends to, and no gradient goes through the choice
@@ -1205,25 +1079,25 @@ SPARSE = dict(
     n_routed_experts=2, num_experts_per_tok=1, n_group=1, topk_group=1, n_shared_experts=1, first_k_dense_replace=1)
 
 
-@pytest.mark.parametrize("options", ([], ["--optimizer=adamw"], LORA, ["--method=sft", "--optimizer=adamw", *LORA]))
+@pytest.mark.parametrize("options", (["--optimizer=adamw"], LORA))
 def test_parameters_that_no_gradient_reaches_do_not_stop_a_resumed_run(runs, words, options):
     """They keep their values; where the state of a parameter is lost, the run is refused."""
-    tiny(hf.GlmMoeDsaConfig(**dict(SIZES, vocab_size=len(words), eos_token_id=0), **SPARSE)).save_pretrained("sparse")
-    words.save_pretrained("sparse")
-    name, options = "sparse-" + "".join(options), ["--init_from=sparse", *options]
-    trained(name + "whole", *options, "--max_steps=4")
-    trained(name, *options, "--max_steps=2")
+    config = hf.GlmMoeDsaConfig(**dict(SIZES, vocab_size=len(words), eos_token_id=0), **SPARSE)
+    save_with_words(tiny(config), "sparse")
+    name, options = "sparse-" + "".join(options), ["--init_from=sparse", "--eval_interval=0", *options]
+    trained(name + "whole", *options, "--max_steps=2")
+    trained(name, *options, "--max_steps=1")
     state = state_of(name)
     before, after = (AutoModelForCausalLM.from_pretrained(x).state_dict() for x in ("sparse", name))
     same = {x for x in before if torch.equal(before[x], after[x])}
     assert {x for x in before if ".indexer." in x} <= same and len(same) < len(before)
-    shutil.copytree(name, name + "damaged")
-    resumed(name, "--max_steps=4")
+    if "--optimizer=adamw" in options:
+        shutil.copytree(name, "lost-state")
+        state["optimizer"]["state"].popitem()
+        torch.save(state, "lost-state/state.pt")
+        fails("Missing optimizer state", "train.py", "--resume=True", "--out_dir=lost-state", "--max_steps=2")
+    resumed(name, "--max_steps=2")
     same_run(name + "whole", name)
-    state["optimizer"]["state"].popitem()
-    torch.save(state, name + "damaged/state.pt")
-    says(1, "does not fit this model: Missing optimizer state", "train.py", "--resume=True",
-         f"--out_dir={name}damaged", "--max_steps=4")
 
 
 def test_adapters_go_on_the_layers_of_the_text_model():
@@ -1235,28 +1109,6 @@ def test_adapters_go_on_the_layers_of_the_text_model():
     assert len(layers) > 10 and all(".language_model.layers." in name for name in layers)
     model(torch.arange(9)[None]).logits.sum().backward()
     assert all(x.grad is not None for adapter in layers.values() for x in (adapter.A, adapter.B))
-
-
-def counting_checkpoints():
-    inner = torch.utils.checkpoint.checkpoint
-
-    def counted(*args, **options):
-        with open("checkpoints", "a") as f:
-            f.write(".")
-        return inner(*args, **options)
-    torch.utils.checkpoint.checkpoint = counted
-
-
-def test_options_for_larger_models_change_rate_and_memory_alone(runs):
-    for name in ("once", "again"):
-        trained(name, "--max_steps=3", f"--checkpoint_activations={name == 'again'}", before=counting_checkpoints)
-        # two blocks, in each step a pass at least
-        count = os.path.getsize("checkpoints") if os.path.exists("checkpoints") else 0
-        assert count >= 2 * 3 if name == "again" else count == 0
-    same_run("once", "again")
-    for options, rate in (([], 5e-5), (["--learning_rate=1e-6"], 1e-6)):
-        run = train.configure(["--lora_rank=4", "--data=hh", "--init_from=x", "--out_dir=x", *options])
-        assert run["learning_rate"] == approx(rate)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1315,7 +1167,7 @@ def spelled(eos="</s>", bos=None, adds=(), space=False, template=None):
 def read(rows, tokenizer, source="rows", known=None, **options):
     """(examples, counts) that train.py makes of rows, or of a file's, for a model that knows so many tokens, with these
     options. The examples have lists of tokens."""
-    run = dict(method="tdpo2", bad_rows=0, max_length=500, max_prompt_length=400, truncation="left")
+    run = dict(method="tdpo2", bad_rows=0, max_length=500, max_prompt_length=400)
     model = hf.GPT2LMHeadModel(hf.GPT2Config(**dict(GPT, vocab_size=known or len(tokenizer))))
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     rows = train.read_rows(rows) if isinstance(rows, str) else [(f"row {n}", row) for n, row in enumerate(rows, 1)]
@@ -1339,52 +1191,57 @@ def answer(text, **more):
     return [dict(role="assistant", content=text, **more)]
 
 
+def pair_of(prompt="q", chosen="y", rejected="n", **more):
+    """A row of text."""
+    return dict(prompt=prompt, chosen=chosen, rejected=rejected, **more)
+
+
+def chat_of(prompt="q", chosen="y", rejected="n", **more):
+    """A row of messages. A text stands for one message, of the user in the prompt, of the assistant in responses."""
+    row = pair_of(prompt, chosen, rejected, **more)
+    for name, value in row.items():
+        if isinstance(value, str):
+            if name == "prompt":
+                row[name] = turns(value)
+            if name in ("chosen", "rejected"):
+                row[name] = answer(value)
+    return row
+
+
 ASKED, SYSTEM = "<s><im>user\nq<end>\n<im>assistant\n", dict(role="system", content="be")
 HH = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: how?\n\nAssistant:"
 PLAIN, CHATS, TOOL = dict(), dict(eos="<end>", bos="<s>", template=CHAT), dict(eos="<end>", bos="<s>", template=CALLS)
 PARTS = [dict(type="text", text="y"), dict(type="text", text="es")]
 # (tokenizer, row, what is trained: prompt, chosen, rejected, as text with its special tokens)
 READ = {
-    "text": (PLAIN, dict(prompt="q", chosen=" y", rejected=" n"), "q", " y</s>", " n</s>"),
+    "text": (PLAIN, pair_of("q", " y", " n"), "q", " y</s>", " n</s>"),
     "transcripts": (PLAIN, dict(chosen=HH + " y", rejected=HH + " n"), HH, " y</s>", " n</s>"),
-    "an empty prompt": (PLAIN, dict(prompt="", chosen="y", rejected="n"), "</s>", "y</s>", "n</s>"),
-    "other columns": (PLAIN, dict(prompt="q", chosen="y", rejected="n", score=1, id="x", tools="[]", images=[],
-                                  system="", history=None, messages="y"), "q", "y</s>", "n</s>"),
-    "messages": (CHATS, dict(prompt=turns("q"), messages=turns("q"), chosen=answer("y"), rejected=answer("n")), ASKED,
-                 "y<end>", "n<end>"),
-    "a prompt that is text": (CHATS, dict(prompt="q", chosen=answer("y"), rejected=answer("n")), ASKED, "y<end>",
-                              "n<end>"),
-    "whole conversations": (CHATS, dict(prompt="q", chosen=turns("q", "y"), rejected=turns("q", "n")), ASKED, "y<end>",
-                            "n<end>"),
-    "what a table fills up with": (CHATS, dict(
-        prompt="", chosen=turns("q", *answer("y", tool_calls=[], reasoning_content="", name=None)),
-        rejected=turns("q", "n"), messages=None, tools=[]), ASKED, "y<end>", "n<end>"),
-    "a greeting": (PLAIN, dict(prompt="Hi", chosen="Hi!", rejected="Hi you"), "Hi", "Hi!</s>", "Hi you</s>"),
-    "parts of text": (CHATS, dict(prompt=turns("q"), chosen=answer(PARTS), rejected=answer("n")), ASKED, "yes<end>",
-                      "n<end>"),
-    "a system column": (CHATS, dict(prompt=turns("q"), chosen=answer("y"), rejected=answer("n"), system="be"),
-                        "<s><im>system\nbe<end>\n" + ASKED[3:], "y<end>", "n<end>"),
-    "tools": (TOOL, dict(prompt=turns("q"), chosen=answer(None, tool_calls=[dict(name="t")]), rejected=answer("n"),
-                         tools=[dict(name="t", default=None)]), "t;" + ASKED, "[t]<end>", "n<end>"),
-    "EOS that a text spells": (PLAIN, dict(prompt="q", chosen="a</s>b", rejected="n</s></s>\n"), "q", "a</s>b</s>",
-                               "n</s>"),
-    "EOS that a message spells": (CHATS, dict(prompt=turns("q"), chosen=answer("a<end>b"), rejected=answer("n<end>")),
-                                  ASKED, "a<end>b<end>", "n<end>"),
-    "a turn that EOS does not end": (dict(CHATS, eos="</s>"), dict(prompt=turns("q"), chosen=answer("a</s>b"),
-                                     rejected=answer("n")), ASKED, "a</s>b<end>\n</s>", "n<end>\n</s>"),
-    "EOS that closes the prompt": (PLAIN, dict(prompt="q</s>", chosen="y", rejected="n"), "q</s>", "y</s>", "n</s>"),
-    "EOS that the tokenizer adds": (dict(adds=("<s>", "$A", "</s>"), bos="<s>"), dict(prompt="q", chosen="y",
-                                    rejected="n"), "<s>q", "y</s>", "n</s>"),
-    "BOS that the template writes": (dict(CHATS, adds=("<s>", "$A")), dict(prompt=turns("q"), chosen=answer("y"),
-                                     rejected=answer("n")), ASKED, "y<end>", "n<end>"),
-    "a thinking block that is opened": (dict(CHATS, template=THINK), dict(prompt=turns("q"), chosen=answer("y"),
-                                        rejected=answer("n")), ASKED, "y<end>", "n<end>"),
-    "a block that is no token": (dict(CHATS, template=THINK.replace("<think>", "<thought>")), dict(
-        prompt=turns("q"), chosen=answer("<table>"), rejected=answer("<tr>")), ASKED, "<table><end>", "<tr><end>"),
-    "space before every text": (dict(space=True), dict(prompt="a b", chosen=" y", rejected=" n"), "a b", " y</s>",
-                                " n</s>"),
-    "space before every turn": (dict(CHATS, space=True), dict(prompt=turns("q"), chosen=answer("y"),
-                                rejected=answer("n")), ASKED, "y<end>", "n<end>"),
+    "an empty prompt": (PLAIN, pair_of(""), "</s>", "y</s>", "n</s>"),
+    "other columns": (PLAIN, pair_of(score=1, id="x", tools="[]", images=[], system="", history=None, messages="y"),
+                      "q", "y</s>", "n</s>"),
+    "messages": (CHATS, chat_of(messages=turns("q")), ASKED, "y<end>", "n<end>"),
+    "a prompt that is text": (CHATS, dict(chat_of(), prompt="q"), ASKED, "y<end>", "n<end>"),
+    "whole conversations": (CHATS, pair_of("q", turns("q", "y"), turns("q", "n")), ASKED, "y<end>", "n<end>"),
+    "what a table fills up with": (CHATS, pair_of(
+        "", turns("q", *answer("y", tool_calls=[], reasoning_content="", name=None)), turns("q", "n"), messages=None,
+        tools=[]), ASKED, "y<end>", "n<end>"),
+    "a greeting": (PLAIN, pair_of("Hi", "Hi!", "Hi you"), "Hi", "Hi!</s>", "Hi you</s>"),
+    "parts of text": (CHATS, chat_of(chosen=answer(PARTS)), ASKED, "yes<end>", "n<end>"),
+    "a system column": (CHATS, chat_of(system="be"), "<s><im>system\nbe<end>\n" + ASKED[3:], "y<end>", "n<end>"),
+    "tools": (TOOL, chat_of(chosen=answer(None, tool_calls=[dict(name="t")]), tools=[dict(name="t", default=None)]),
+              "t;" + ASKED, "[t]<end>", "n<end>"),
+    "EOS that a text spells": (PLAIN, pair_of("q", "a</s>b", "n</s></s>\n"), "q", "a</s>b</s>", "n</s>"),
+    "EOS that a message spells": (CHATS, chat_of("q", "a<end>b", "n<end>"), ASKED, "a<end>b<end>", "n<end>"),
+    "a turn that EOS does not end": (dict(CHATS, eos="</s>"), chat_of("q", "a</s>b"), ASKED, "a</s>b<end>\n</s>",
+                                     "n<end>\n</s>"),
+    "EOS that closes the prompt": (PLAIN, pair_of("q</s>"), "q</s>", "y</s>", "n</s>"),
+    "EOS that the tokenizer adds": (dict(adds=("<s>", "$A", "</s>"), bos="<s>"), pair_of(), "<s>q", "y</s>", "n</s>"),
+    "BOS that the template writes": (dict(CHATS, adds=("<s>", "$A")), chat_of(), ASKED, "y<end>", "n<end>"),
+    "a thinking block that is opened": (dict(CHATS, template=THINK), chat_of(), ASKED, "y<end>", "n<end>"),
+    "a block that is no token": (dict(CHATS, template=THINK.replace("<think>", "<thought>")),
+                                 chat_of("q", "<table>", "<tr>"), ASKED, "<table><end>", "<tr><end>"),
+    "space before every text": (dict(space=True), pair_of("a b", " y", " n"), "a b", " y</s>", " n</s>"),
+    "space before every turn": (dict(CHATS, space=True), chat_of(), ASKED, "y<end>", "n<end>"),
 }
 
 
@@ -1404,61 +1261,53 @@ def test_what_is_trained_is_what_was_meant(name):
                                                    (True, "ban", "k of")])
 def test_a_token_across_the_border_loses_and_adds_nothing(space, prompt, chosen):
     tokenizer = spelled(space=space)
-    (found,), _ = read([dict(prompt=prompt, chosen=chosen, rejected="n")], tokenizer)
+    (found,), _ = read([pair_of(prompt, chosen)], tokenizer)
     assert found.prompt == tokenizer(prompt)["input_ids"]
     assert tokenizer.decode(found.prompt + found.chosen).strip(" ") == prompt + chosen + "</s>"
 
 
-ALIKE = dict(prompt="q", chosen="y", rejected="y")
+ALIKE = pair_of("q", "y", "y")
 CALL = [dict(name="t")]
-# (tokenizer, row, why it is not trained)
-UNREAD = [
-    (PLAIN, {}, "no text in 'prompt', nor messages in all of prompt, chosen, rejected; its columns are "),
-    (PLAIN, dict(prompt="q", chosen="y"), "no text in 'rejected', nor messages in all of prompt, chosen, rejected; its "
-     "columns are prompt, chosen"),
-    (PLAIN, dict(prompt="q", chosen="y", rejected=" "), "an empty 'rejected'"),
+
+
+TEMPLATED = dict(CHATS, template=KNOWN)
+
+
+# rows that are not trained: (tokenizer, row, the reason)
+BAD = [
+    (PLAIN, dict(prompt="q", chosen="y"), "no text in 'rejected', nor messages in all of"),
+    (PLAIN, pair_of(rejected=" "), "an empty 'rejected'"),
     (PLAIN, ALIKE, "identical responses"),
-    (PLAIN, dict(chosen={"a": HH}, rejected=HH), "no text in 'prompt'"),
+    (PLAIN, pair_of("q", "y</s>", "y"), "identical responses"),
     (PLAIN, dict(chosen=HH + " a\n\nHuman: b\n\nAssistant: c", rejected=HH + " n"), "differ before the last assistant"),
-    (PLAIN, dict(prompt="q", chosen="y", rejected="n", history=[["a", "b"]]), "has 'history', which is not read"),
-    (PLAIN, dict(prompt="q", chosen="y", rejected="n", images=["x.png"]), "has 'images', which is not read"),
-    (PLAIN, dict(prompt="q", chosen="y", rejected="n", system="be"), "has 'system' beside text"),
-    (PLAIN, dict(prompt="now say it", chosen="now say it y", rejected="now say it n"), "repeat the prompt"),
-    (PLAIN, dict(prompt="hi", chosen=HH + " y", rejected=HH + " n"), "beside whole transcripts, remove prompt"),
-    (PLAIN, dict(prompt="hi", chosen="y\n\nHuman: so?\n\nAssistant: y", rejected="n"), "a turn of the human in a resp"),
-    (PLAIN, dict(prompt="q", chosen="y", rejected="n", messages=turns("a", "b")), "has 'messages', which is not read"),
-    (PLAIN, dict(prompt="q", chosen="[{'role': 'user', 'content': 'q'}]", rejected="[{'role': ..."), "written as text"),
-    (PLAIN, dict(chosen='{"role": "user", "content": "q"}', rejected="n"), "written as text in 'chosen'"),
-    (PLAIN, dict(prompt=turns("q"), chosen="y", rejected="n"), "no text in 'prompt', nor messages in all of"),
-    (PLAIN, dict(prompt="q", chosen="y</s>", rejected="y"), "identical responses"),
-    (CHATS, dict(prompt=turns("q"), chosen=turns("q", "y"), rejected=turns("q", "n")), "repeat the prompt's messages"),
-    (CHATS, dict(prompt=[SYSTEM, *turns("q")], chosen=turns("q", "y"), rejected=turns("q", "n")), "repeat the"),
+    (PLAIN, pair_of(history=[["a", "b"]]), "has 'history', which is not read"),
+    (PLAIN, pair_of(messages=turns("a", "b")), "has 'messages', which is not read"),
+    (PLAIN, pair_of(system="be"), "has 'system' beside text"),
+    (PLAIN, pair_of("now say it", "now say it y", "now say it n"), "repeat the prompt"),
+    (PLAIN, pair_of("hi", "y\n\nHuman: so?\n\nAssistant: y"), "a turn of the human in a resp"),
+    (PLAIN, pair_of("q", "[{'role': 'user', 'content': 'q'}]", "[{'role': ..."), "written as text"),
+    (PLAIN, pair_of(turns("q")), "no text in 'prompt', nor messages in all of"),
+    (dict(adds=("<s>", "$A")), pair_of("q", "y<new>"), "does not know: 104 of 104"),
+    (CHATS, chat_of("q", turns("q", "y"), turns("q", "n")), "repeat the prompt's messages"),
+    (CHATS, chat_of([SYSTEM, *turns("q")], turns("q", "y"), turns("q", "n")), "repeat the"),
     (CHATS, dict(chosen=answer("y"), rejected=answer("n")), "has no prompt before its answers"),
-    (CHATS, dict(prompt=turns("q"), chosen=answer("y", reasoning_content="r"), rejected=answer("n")), "has reasoning"),
-    (dict(CHATS, template=KNOWN), dict(prompt=[SYSTEM, *turns("q")], chosen=answer("y"), rejected=answer("n")),
-     "a text of the system that the model's chat template does not print"),
-    (dict(CHATS, template=KNOWN), dict(prompt=turns("q"), chosen=answer("y", tool_calls=[dict(arguments='{"a": 1}')]),
-                                       rejected=answer("n")), "arguments of a tool call as text"),
-    (CHATS, dict(prompt="other", chosen=turns("q", "y"), rejected=turns("q", "n")), "none of its messages"),
-    (CHATS, dict(chosen=turns("q", "y"), rejected=turns("q", "y")), "identical or empty"),
+    (CHATS, pair_of("other", turns("q", "y"), turns("q", "n")), "none of its messages"),
     (CHATS, dict(chosen=[], rejected=[]), "identical or empty"),
-    (CHATS, dict(chosen=turns("q", "y", "a", "b"), rejected=turns("q", "n", "c", "d")), "turns of the assistant, "
-     "user, assistant after"),
-    (CHATS, dict(chosen=turns("q", "a", "b", "y"), rejected=turns("q", "a", "c", "n")), "turns of the user, "
-     "assistant after"),
+    (CHATS, dict(chosen=turns("q", "y"), rejected=turns("q", "y")), "identical or empty"),
+    (CHATS, dict(chosen=turns("q", "y", "a", "b"), rejected=turns("q", "n", "c", "d")), "turns of the assistant, user"),
+    (CHATS, dict(chosen=turns("q", "a", "b", "y"), rejected=turns("q", "a", "c", "n")), "turns of the user, assistant"),
     (CHATS, dict(chosen=turns(dict(role="human", content="q"), "y"), rejected=[]), "role 'human': rename it"),
     (CHATS, dict(chosen=[{"from": "gpt", "value": "y"}], rejected=[]), "rename them to role and content"),
-    (CHATS, dict(chosen=["q", "y"], rejected=["q", "n"]), "not an object with role and content"),
-    (CHATS, dict(prompt=turns(None), chosen=answer("y"), rejected=answer("n")), "of the user without content"),
-    (CHATS, dict(prompt=turns([dict(type="image")]), chosen=answer("y"), rejected=answer("n")), "content is not text"),
-    (CHATS, dict(prompt=turns("q"), chosen=answer("y", tool_calls=CALL), rejected=answer("n")), "has tool_calls, but"),
-    (CHATS, dict(prompt=turns("q"), chosen=answer("y"), rejected=answer("n"), tools=CALL), "has tools, but the"),
-    (CHATS, dict(prompt=turns("q"), chosen=turns(SYSTEM, "y"), rejected=answer("n"), system="no"), "different system"),
-    (dict(adds=("<s>", "$A")), dict(prompt="q", chosen="y<new>", rejected="n"), "does not know: 104 of 104"),
+    (CHATS, chat_of(turns(None)), "of the user without content"),
+    (CHATS, chat_of(turns([dict(type="image")])), "content is not text"),
+    (CHATS, chat_of(chosen=answer("y", tool_calls=CALL)), "has tool_calls, but"),
+    (CHATS, chat_of(chosen=answer("y", reasoning_content="r")), "has reasoning"),
+    (CHATS, chat_of(tools=CALL), "has tools, but the"),
+    (CHATS, chat_of(chosen=turns(SYSTEM, "y"), system="no"), "different system"),
+    (TEMPLATED, chat_of([SYSTEM, *turns("q")]), "a text of the system that the model's chat template does not print"),
+    (TEMPLATED, chat_of(chosen=answer("y", tool_calls=[dict(arguments='{"a": 1}')])), "arguments of a tool call"),
 ]
-
-
-@pytest.mark.parametrize("options, row, message", UNREAD)
+@pytest.mark.parametrize("options, row, message", BAD)
 def test_bad_rows_say_why(options, row, message):
     tokenizer = spelled(**options)
     tokenizer.add_tokens(["<new>"])
@@ -1467,24 +1316,22 @@ def test_bad_rows_say_why(options, row, message):
 
 
 def test_long_pairs_lose_prompt_but_bos_then_the_ends_of_responses():
-    pair = dict(prompt="abcdefgh", chosen="12345", rejected="67890")
-    for adds, side, prompt in (((), "left", "efgh"), ((), "right", "abcd"), (("<s>", "$A"), "left", "<s>fgh"),
-                               (("<s>", "$A"), "right", "<s>abc")):
+    row = pair_of("abcdefgh", "12345", "67890")
+    for adds, prompt in (((), "efgh"), (("<s>", "$A"), "<s>fgh")):
         tokenizer = spelled(adds=adds, bos="<s>")
-        (example,), counts = read([pair], tokenizer, max_length=7, max_prompt_length=4, truncation=side)
+        (example,), counts = read([row], tokenizer, max_length=7, max_prompt_length=4)
         assert [tokenizer.decode(x) for x in example[2:5]] == [prompt, "123", "678"]
-        assert (counts["truncated"], counts["beheaded"]) == (1, side == "left")
+        assert counts["truncated"] == 1
     with pytest.raises(SystemExit, match="1 bad rows of 1; .* the same within --max_length=3"):
-        read([dict(pair, rejected="1")], spelled(), max_length=3, max_prompt_length=2)
+        read([dict(row, rejected="1")], spelled(), max_length=3, max_prompt_length=2)
 
 
 SFT = [     # (tokenizer, row, prompt, response)
     (PLAIN, dict(prompt="q", completion=" y"), "q", " y</s>"),
-    (PLAIN, dict(prompt="q", chosen=" y", rejected=""), "q", " y</s>"),
+    (PLAIN, pair_of("q", " y", ""), "q", " y</s>"),
     (PLAIN, dict(text="whole"), "w", "hole</s>"),
     (dict(adds=("<s>", "$A"), bos="<s>"), dict(text="whole"), "<s>", "whole</s>"),
     (PLAIN, dict(chosen=HH + " y", rejected=HH + " y"), HH, " y</s>"),
-    (CHATS, dict(messages=turns("q", "y")), ASKED, "y<end>"),
     (CHATS, dict(prompt=turns("q"), completion=answer("y")), ASKED, "y<end>"),
     (CHATS, dict(messages=turns("q", "a", "b", "y")), "<s><im>user\nq<end>\n<im>assistant\na<end>\n<im>user\nb<end>\n"
      "<im>assistant\n", "y<end>"),
@@ -1512,6 +1359,14 @@ def places(asked, seed=1):
     return [int(x[:16], 16) / 2**64 for x in digests]
 
 
+def held_of(rows, tokenizer, **options):
+    """What the prompts of rows ask that are held out."""
+    examples, counts = read(rows, tokenizer, **options)
+    with mock.patch.multiple(train, eval_pairs=512, seed=1):
+        _, held = train.hold_out(examples, counts["read"])
+    return {example.asked for example in held}
+
+
 @pytest.mark.parametrize("prompts, n, eval_pairs", [(40, 100, 5), (100, 100, 512), (3, 90, 10), (2, 2, 1),
                                                     (2000, 2000, 40), (1000, 1000, 100)])
 def test_a_hash_holds_out_a_share_of_the_prompts(prompts, n, eval_pairs):
@@ -1531,44 +1386,28 @@ def test_a_hash_holds_out_a_share_of_the_prompts(prompts, n, eval_pairs):
     assert places(found) == sorted(places(found))
 
 
-def test_the_same_prompts_are_held_out_whatever_becomes_of_rows(runs):
-    """SFT, then TDPO, on files with ties, of another order, with more rows, truncated, of another form."""
-    rng = random.Random(0)
-    prompts = [" ".join(eval_imdb.write_review(rng).split()[:8]) + f" {n}" for n in range(80)]
-    plain = [dict(prompt=x, chosen=f" good {n}", rejected=" bad") for n, x in enumerate(prompts)]
+def test_the_same_prompts_are_held_out_whatever_becomes_of_rows():
+    """SFT and TDPO, of files with ties, in a different order, with more rows, truncated, and of chats whose template
+    prints a date or leaves out a thinking block."""
+    prompts = [f"{n} is the number" for n in range(80)]
+    plain = [pair_of(x, f" good {n}", " bad") for n, x in enumerate(prompts)]
     ties = [dict(row, rejected=row["chosen"]) if n % 9 == 0 else row for n, row in enumerate(plain)]
     more = [dict(row, prompt="more " + row["prompt"]) for row in plain[:20]]
-    files = dict(plain=plain, ties=ties, more=ties[::-1] + plain[:30] + more)
     held = {x for x, place in zip(prompts, places(prompts)) if place < 0.1}
     assert len(held) > 3
-    for name, rows in files.items():
-        write_lines(f"held-{name}.jsonl", rows)
-        for method, options in (("sft", []), ("tdpo2", ["--max_length=11", "--max_prompt_length=10"])):
-            folder = f"held-{name}-{method}"
-            trained(folder, f"--data=held-{name}.jsonl", f"--method={method}", "--max_steps=1", "--bad_rows=0.5",
-                    "--eval_interval=0", *options)
+    for rows in (plain, ties, ties[::-1] + plain[:30] + more):
+        for method, options in (("sft", {}), ("tdpo2", dict(max_length=12, max_prompt_length=6))):
+            found = held_of(rows, spelled(), method=method, bad_rows=0.5, **options)
             left = {row["prompt"] for row in rows if method == "sft" or row["chosen"] != row["rejected"]}
-            assert {x for x in held_prompts_of(folder) if not x.startswith("more")} == held & left
-
-
-def test_chats_hold_out_the_same_prompts_whatever_the_template_prints(runs):
-    """A date, or a thinking block that only SFT's answers have."""
-    found = []
-    for template, method, before in ((DATED, "sft", yesterday), (DATED, "tdpo2", nothing), (THINK, "sft", nothing),
-                                     (CHAT, "tdpo2", nothing)):
-        data = chat_model("held-chat", template)
-        rows = [dict(prompt=turns(f"q{n}"), chosen=answer("yes"), rejected=answer("no")) for n in range(30)]
-        write_lines(data, rows)
-        trained("held-chats", f"--data={data}", "--init_from=held-chat", "--max_steps=1", "--overwrite=True",
-                f"--method={method}", before=before)
-        found.append({re.search("q\\d+", x)[0] for x in held_prompts_of("held-chats")})
-    asked = [f"q{n}" for n in range(30)]
-    assert found == 4 * [{x for x, place in zip(asked, places(asked)) if place < 0.1}] and found[0]
+            assert {x for x in found if not x.startswith("more")} == held & left
+    chats = [chat_of(**row) for row in plain]
+    for template, method in ((DATED, "sft"), (THINK, "sft"), (THINK, "tdpo2"), (CHAT, "tdpo2")):
+        assert held_of(chats, spelled(**dict(CHATS, template=template)), method=method) == held
 
 
 def test_pairs_beyond_eval_pairs_are_counted(runs):
     """Of a prompt's twenty pairs, of which three are evaluated."""
-    rows = [dict(prompt=f"the plot {n % 4}", chosen=f" was good {n}", rejected=" was bad") for n in range(80)]
+    rows = [pair_of(f"the plot {n % 4}", f" was good {n}", " was bad") for n in range(80)]
     options = ["--data=" + write_lines("beyond.jsonl", rows), "--eval_pairs=3", "--max_steps=1"]
     said = "note: 17 held-out pairs beyond --eval_pairs are not evaluated"
     out = says(0, said, "train.py", *on_pairs("beyond", *options))
@@ -1586,24 +1425,23 @@ def test_a_null_stays_if_it_was_written_and_goes_if_a_table_put_it_there(tmp_pat
 
     def call(**arguments):
         return answer("", tool_calls=[dict(name="t", arguments=arguments)], name=None)
-    rows = [dict(prompt=turns("q"), chosen=call(town="B", day=None), rejected=answer("n"), system=None,
-                 tools=[dict(name="t", default=None)]),
-            dict(prompt=turns("q"), chosen=call(n=[1, None]), rejected=answer("n"), tools=[dict(name="t")])]
+    rows = [chat_of(chosen=call(town="B", day=None), system=None, tools=[dict(name="t", default=None)]),
+            chat_of(chosen=call(n=[1, None]), tools=[dict(name="t")])]
     (tmp_path / "folder").mkdir()
     (tmp_path / "b.json").write_text(json.dumps(rows))
-    write_lines(tmp_path / "folder" / "a.jsonl", rows)
+    path = write_lines(tmp_path / "folder" / "a.jsonl", rows)
     tokenizer = spelled(**dict(CHATS, template=PRINTED))
-    for source in ("folder/a.jsonl", "b.json", "folder"):
-        examples, _ = read(str(tmp_path / source), tokenizer)
-        assert [(tokenizer.decode(x.prompt), tokenizer.decode(x.chosen)) for x in examples] == [
-            ('{"name": "t", "default": null}' + ASKED, '{"name": "t", "arguments": {"town": "B", "day": null}}<end>'),
-            ('{"name": "t"}' + ASKED, '{"name": "t", "arguments": {"n": [1, null]}}<end>')], source
+    town, n = '{"name": "t", "arguments": {"town": "B", "day": null}}', '{"name": "t", "arguments": {"n": [1, null]}}'
+    for source in (path, str(tmp_path / "b.json"), str(tmp_path / "folder")):
+        first, second = read(source, tokenizer)[0]
+        assert tokenizer.decode(first.prompt) == '{"name": "t", "default": null}' + ASKED
+        assert [tokenizer.decode(x.chosen) for x in (first, second)] == [town + "<end>", n + "<end>"]
     Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
     first, second = read(str(tmp_path / "a.parquet"), tokenizer)[0]
-    assert tokenizer.decode(first.chosen) == '{"name": "t", "arguments": {"town": "B"}}<end>'
-    assert tokenizer.decode(second.chosen) == '{"name": "t", "arguments": {"n": [1, null]}}<end>'
+    assert tokenizer.decode(first.chosen) == town.replace(', "day": null', "") + "<end>"
+    assert tokenizer.decode(second.chosen) == n + "<end>"
+    # and of prompts to sample
     path = write_lines(tmp_path / "c.jsonl", [dict(prompt=turns("q") + rows[0]["chosen"])])
-    assert sample.read_message(dict(role="user", content="q", name=None)) == turns("q")[0]
     ((_, row),) = sample.read_prompts(path)
     assert '"day": null' in sample.prompt_text(tokenizer, "here", row)
 
@@ -1611,31 +1449,27 @@ def test_a_null_stays_if_it_was_written_and_goes_if_a_table_put_it_there(tmp_pat
 def test_nan_is_an_empty_cell_of_a_row(tmp_path):
     """As json.dumps writes the empty cells of a table."""
     empty = dict.fromkeys(("system", "tools", "history", "images", "messages"), math.nan)
-    for options, row in ((PLAIN, dict(prompt="q", chosen="y", rejected="n")),
-                         (CHATS, dict(prompt=turns("q"), chosen=answer("y", name=math.nan), rejected=answer("n")))):
+    for options, row in ((PLAIN, pair_of()), (CHATS, chat_of(chosen=answer("y", name=math.nan)))):
         path = write_lines(tmp_path / "a.jsonl", [row, dict(row, score=math.inf, **empty)])
         assert "NaN" in open(path).read() and "Infinity" in open(path).read()
-        (tmp_path / "b.json").write_text("[" + ",".join(open(path)) + "]")
-        for source in (path, str(tmp_path / "b.json")):
-            (a, b), _ = read(source, spelled(**options))
-            assert a[1:] == b[1:] and b.where.endswith(" 2")
+        (a, b), _ = read(path, spelled(**options))
+        assert a[1:] == b[1:]
         (_, a), (_, b) = sample.read_prompts(path)
-        assert len({sample.prompt_text(spelled(**options), "here", x) for x in (a, b)}) == 1 and b["score"] == math.inf
-    for name in ("prompt", "chosen", "rejected"):
-        with pytest.raises(SystemExit, match=f"1 bad rows of 1; .*has no text in '{name}'"):
-            row = {**dict(prompt="q", chosen="y", rejected="n"), name: math.nan}
-            read(write_lines(tmp_path / "a.jsonl", [row]), spelled())
+        assert sample.prompt_text(spelled(**options), "here", a) == sample.prompt_text(spelled(**options), "here", b)
+        assert b["score"] == math.inf
+    with pytest.raises(SystemExit, match="1 bad rows of 1; .*has no text in 'chosen'"):
+        read(write_lines(tmp_path / "a.jsonl", [pair_of(chosen=math.nan)]), spelled())
 
 
 def test_bad_rows_are_counted_by_reason(tmp_path, capsys):
-    good = dict(prompt="q", chosen="y", rejected="n")
+    good = pair_of()
     path = write_lines(tmp_path / "pairs.jsonl", [good] * 300 + ["{", "", "{}", "[]", ALIKE, ALIKE] + [good] * 6)
     examples, counts = read(path, spelled(), path, bad_rows=0.02)
     assert len(examples) == 306 and examples[-1].where.endswith("line 312")
     assert (counts["read"], counts["left out"]) == (311, 5)
     said = "5 bad rows of 311; 2 x .*line 305 has identical responses; 1 x .*line 301 is not JSON.*; 1 x .*line 303 has"
     assert re.search(said, capsys.readouterr().out)
-    with pytest.raises(SystemExit, match=said + ".*--bad_rows=0.01 is the share"):
+    with pytest.raises(SystemExit, match=said):
         read(path, spelled(), path, bad_rows=0.01)
 
 
@@ -1643,18 +1477,16 @@ def test_bad_rows_are_counted_by_reason(tmp_path, capsys):
 def sources(tmp_path):
     """A folder with the same five rows in every form that is read."""
     import datasets
-    rows = [dict(prompt=f"q{n}", chosen=["None", "007", "a\nb", "NA", "é"][n], rejected="n") for n in range(5)]
+    rows = [pair_of(f"q{n}", ["None", "007", "a\nb", "NA", "é"][n]) for n in range(5)]
     table = datasets.Dataset.from_list(rows)
     with contextlib.chdir(tmp_path):
         write_lines("a.jsonl", rows)
         shutil.copy("a.jsonl", "UPPER.JSONL")
-        gzip.open("a.jsonl.gz", "wb").write(open("a.jsonl", "rb").read())
-        with open("list.json", "w") as f:
-            json.dump(rows, f, indent=1)
         shutil.copy("a.jsonl", "lines.json")
+        gzip.open("a.jsonl.gz", "wb").write(open("a.jsonl", "rb").read())
+        pathlib.Path("list.json").write_text(json.dumps(rows, indent=1))
         table.to_csv("a.csv")
         table.to_parquet("a.parquet")
-        os.mkdir("shards")
         for n in range(2):
             table.shard(2, n, contiguous=True).to_parquet(f"shards/train-{n}.parquet")
         table.save_to_disk("saved")
@@ -1669,42 +1501,34 @@ def sources(tmp_path):
     return tmp_path, rows
 
 
-SOURCES = ["a.jsonl", "UPPER.JSONL", "a.jsonl.gz", "list.json", "lines.json", "a.csv",
-         "a.parquet", "shards/*.parquet", "shards", "saved", "dict", "splits", "configs"]
+SOURCES = ["a.jsonl", "UPPER.JSONL", "a.jsonl.gz", "list.json", "lines.json", "a.csv", "a.parquet", "shards/*.parquet",
+           "shards", "saved", "dict", "splits", "configs"]
+
+
+UNREADABLE = [      # (source, split, what the message says)
+    ("nowhere.jsonl", "", "No such file"), ("shards/*.csv", "", "No such file"), ("a.other", "", "it is no .jsonl"),
+    ("a.jsonl", "test", "it has no splits"), ("saved", "test", "it has no splits"), ("one.json", "", "one object"),
+    ("dict", "test", r"\['train', 'other'\].*--data_split"), ("splits", "test", r"\['train', 'other'\].*--data_split"),
+    ("configs", "", r"\['one', 'two'\].*--data_config"), ("tables", "", r"name the files, as in tables/\*.csv"),
+]
 
 
 def test_all_forms_of_a_source_hold_the_same_rows(sources, monkeypatch):
     folder, rows = sources
     monkeypatch.chdir(folder)
     for form in SOURCES:
-        assert [row for _, row in train.read_rows(form, config="two" * (form == "configs"))] == rows, form
+        config = "two" if form == "configs" else ""
+        assert [row for _, row in train.read_rows(form, config=config)] == rows, form
     for form in ("dict", "splits"):
         assert [row for _, row in train.read_rows(form, "other")] == rows
-        with pytest.raises(SystemExit, match=r"Should be one of \['train', 'other'\].*--data_split"):
-            train.read_rows(form, "test")
-    with pytest.raises(SystemExit, match=r"\['one', 'two'\].*--data_config"):
-        train.read_rows("configs")
     os.mkdir("tables")
     shutil.copy("a.csv", "tables")
-    for name, content in dict(columns={"prompt": ["q"], "chosen": ["y"]}, inner={"data": rows}, one=rows[0]).items():
-        write_lines(name + ".json", [content])
-    write_lines("comma.csv", ["prompt,chosen,rejected", "q,y, and more,n", "q,y,n"])
-    for source, split, said in (("nowhere.jsonl", "", "No such file"), ("shards/*.csv", "", "No such file"),
-                                ("x/y.json", "", "No such file"), ("a.other", "", "it is no .jsonl"),
-                                ("a.jsonl", "test", "it has no splits"), ("saved", "test", "it has no splits"),
-                                ("tables", "", r"name the files, as in tables/\*.csv"),
-                                *[(name + ".json", "", "one object; a .json file holds a list of rows, and a .jsonl")
-                                  for name in ("columns", "inner", "one")]):
+    write_lines("one.json", [dict(data=rows)])
+    for source, split, said in UNREADABLE:
         with pytest.raises(SystemExit, match=f"cannot read {re.escape(source)}: .*{said}"):
             train.read_rows(source, split)
+    write_lines("comma.csv", ["prompt,chosen,rejected", "q,y, and more,n", "q,y,n"])
     assert "more cells than there are columns" in str(train.read_rows("comma.csv")[0][1])
-
-
-def test_a_configuration_of_the_data_is_not_asked_of_the_held_out_file(runs, sources):
-    folder, _ = sources
-    says(0, "held out: 5 read", "train.py", f"--data={folder}/configs", "--data_config=two", "--init_from=sft",
-         f"--eval_data={folder}/a.jsonl", "--out_dir=configured", "--max_steps=1", "--max_length=64",
-         "--max_prompt_length=16", "--max_new_tokens=2", "--bad_rows=0.9")
 
 
 def bytes_tokenizer():
@@ -1718,18 +1542,20 @@ def test_odd_texts_survive(tmp_path):
     """In a tokenizer whose tokens are bytes: control characters, long lines, beginnings cut inside a character."""
     tokenizer = bytes_tokenizer()
     odd = "\0\x1b[31m\u202e\t😀é" * 3
-    rows = [dict(prompt=p, chosen=odd, rejected=r) for p, r in (("", "a"), (odd, "b"), ("x" * 300_000, "c" * 300_000))]
+    rows = [pair_of("", odd, "a"), pair_of(odd, odd, "b"), pair_of("x" * 300_000, odd, "c" * 300_000)]
     path = write_lines(tmp_path / "odd.jsonl", rows)
     examples, _ = read(path, tokenizer, max_length=64, max_prompt_length=16)
     assert [len(example.prompt) for example in examples] == [1, 16, 16]
     assert odd.startswith(tokenizer.decode(examples[2].chosen).rstrip("\ufffd"))
     smile = tokenizer("😀é")["input_ids"]
-    assert sample.response_text(tokenizer, smile[:2], smile[2:]).endswith("é")
+    assert sample.response_text(tokenizer, smile[:2], smile[2:]) == "é"
     prefixes = eval_imdb.task_prefixes({"train": ["😀" * 9] * 40, "test": []}, tokenizer, 1, 40, 40)
     assert all(x and "\ufffd" not in x for x in prefixes["train"])
 
 
 def test_texts_of_ones_own(words, tmp_path):
+    """In a file with a column split, in a table without it, and in a directory; rows without a text are left out."""
+    from datasets import Dataset
     rows = [dict(text=f"the plot was<br />dull and number {n}", split="train" if n % 2 else "test") for n in range(6)]
     path = write_lines(tmp_path / "texts.jsonl", [*rows, dict(text=None, split="train"), dict(text="a", split="dev")])
     texts = eval_imdb.load_texts("imdb", path)
@@ -1737,21 +1563,18 @@ def test_texts_of_ones_own(words, tmp_path):
         assert sorted(texts[split]) == [f"the plot was dull and number {n}" for n in numbers]
     prefixes = eval_imdb.task_prefixes(texts, words, 1, 9, 2)
     assert len(prefixes["train"]) == 3 and len(prefixes["test"]) == 2 and prefixes["train"][0].startswith("the plot")
-    with pytest.raises(SystemExit, match="has no text in its train split"):
-        eval_imdb.load_texts("imdb", write_lines(path, rows[:1]))
-    # a table without split, with rows that have no text, and a directory with splits
-    from datasets import Dataset
+    for row, said in ((rows[0], "has no text in its train split"), ("{broken", "cannot read the texts in .*JSON")):
+        with pytest.raises(SystemExit, match=said):
+            eval_imdb.load_texts("imdb", write_lines(path, [row]))
+
     table = Dataset.from_dict(dict(text=[None, " ", *(f"text {n}" for n in range(18))]))
-    table.to_parquet(tmp_path / "texts.parquet")
+    os.mkdir(tmp_path / "folder")
+    for name in ("texts", "folder/train", "folder/test"):
+        table.to_parquet(tmp_path / f"{name}.parquet")
     texts = eval_imdb.load_texts("imdb", str(tmp_path / "texts.parquet"))
     assert sorted(texts["test"]) == ["text 17", "text 7"] and len(texts["train"]) == 16
-    for split in ("train", "test"):
-        table.to_parquet(tmp_path / "folder" / f"{split}.parquet")
     texts = eval_imdb.load_texts("imdb", str(tmp_path / "folder"))
     assert sorted(texts["train"]) == sorted(texts["test"]) == sorted(table["text"][2:])
-    write_lines(path, ["{broken"])
-    with pytest.raises(SystemExit, match="cannot read the texts in .*texts.jsonl .*JSON.*; --texts takes a .parquet"):
-        eval_imdb.load_texts("imdb", path)
 
 
 def test_generation_is_seeded_and_stops_at_eos(words):
@@ -1763,11 +1586,7 @@ def test_generation_is_seeded_and_stops_at_eos(words):
     assert all(0 not in r[:-1] and (len(r) == 12 or r[-1] == 0) for r in a[0] + a[1]) and min(map(len, a[0])) < 12
 
 
-@pytest.mark.parametrize("compiled", (False, True))
-def test_responses_are_measured_as_defined(compiled, monkeypatch):
-    if compiled:
-        monkeypatch.setattr(tdpo, "COMPILE_VOCAB", 1)
-        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
+def test_responses_are_measured_as_defined():
     model, other = eval_imdb.scratch_model(0)[0], eval_imdb.scratch_model(1)[0]
     prompts, responses = [[5, 6], [7, 8, 9]], [[10, 11, 12, 13], [14, 0]]
     stats = sample.response_stats(sample.measure(model, other, prompts, responses))
@@ -1789,32 +1608,36 @@ def test_prompts_are_lines_of_json_or_of_text(tmp_path, monkeypatch):
     assert sample.read_prompts("a.txt") == [(f"a.txt line {n}", dict(prompt=x)) for n, x in ((1, "q"), (2, "{broken"))]
     pathlib.Path("latin.txt").write_bytes("q\né".encode("latin1"))
     write_lines("broken.jsonl", [rows[0], "{broken"])
-    write_lines("a.csv", ["prompt", "q"])
     write_lines("empty.txt", [])
     for name, said in (("broken.jsonl", "cannot read broken.jsonl, line 2: "), ("latin.txt", "cannot read latin.txt"),
-                       ("a.csv", "is not a .jsonl or .txt file"), ("nowhere.jsonl", "cannot read nowhere.jsonl"),
-                       ("empty.txt", "has no prompts")):
+                       ("a.csv", "is not a .jsonl or .txt file"), ("empty.txt", "has no prompts")):
         with pytest.raises(SystemExit, match=f"^error: .*{said}"):
             sample.read_prompts(name)
+
+
+def test_prompts_are_text_or_messages():
     tokenizer = spelled(**CHATS)
-    assert sample.prompt_text(tokenizer, "here", rows[0]) == "q"
-    assert sample.prompt_text(tokenizer, "here", rows[0], as_chat=True) == ASKED
-    assert sample.prompt_text(tokenizer, "here", rows[1]) == ASKED
-    assert "<im>system\nbe<end>" in sample.prompt_text(tokenizer, "here", dict(rows[1], system="be", tools=None))
-    for row, said in ((dict(text="q"), 'has no "prompt"'), (["q"], 'has no "prompt"'),
-                      (dict(prompt="q", tools=[1]), "has system or tools beside text")):
+    text, chat = dict(prompt="q"), dict(prompt=turns("q"))
+    assert sample.prompt_text(tokenizer, "here", text) == "q"
+    assert sample.prompt_text(tokenizer, "here", text, as_chat=True) == ASKED
+    assert sample.prompt_text(tokenizer, "here", chat) == ASKED
+    assert "<im>system\nbe<end>" in sample.prompt_text(tokenizer, "here", dict(chat, system="be", tools=None))
+    human = dict(prompt=[dict(role="human", content="q")])
+    for row, said in ((dict(text="q"), 'has no "prompt"'), (dict(text, tools=[1]), "has system or tools beside text"),
+                      (human, "has a message of the role 'human'"), (dict(prompt="\ud800"), ".*surrogates")):
         with pytest.raises(SystemExit, match="error: here " + said):
             sample.prompt_text(tokenizer, "here", row)
+    with pytest.raises(SystemExit, match="no chat template"):
+        sample.prompt_text(spelled(), "here", chat)
 
 
 def test_the_reference_of_a_run(tmp_path):
-    path = str(tmp_path)
     for options, expected in (({}, ""), ([], ""), (dict(method="sft", init_from="a"), ""),
                               (dict(method="dpo", init_from="a"), "a"),
                               (dict(method="dpo", init_from="a", ref_from="b"), "b")):
         write_lines(tmp_path / "options.json", [options])
-        assert sample.reference_of(path) == expected
-    assert sample.reference_of(path + "/nowhere") == ""
+        assert sample.reference_of(str(tmp_path)) == expected
+    assert sample.reference_of(f"{tmp_path}/nowhere") == ""
 
 
 def test_means_have_errors_over_prompts():
@@ -1829,74 +1652,39 @@ def test_exact_reward():
 
 def test_a_classifier_is_a_reward(words, tmp_path):
     config = hf.GPT2Config(vocab_size=len(words), n_embd=32, n_head=2, n_positions=64, pad_token_id=0)
+    model = hf.AutoModelForSequenceClassification.from_config(config).eval()
     words.save_pretrained(tmp_path)
-    for labels in (("bad", "good"), ("NEGATIVE", "POSITIVE")):
-        config.id2label, config.label2id = dict(enumerate(labels)), {x: i for i, x in enumerate(labels)}
-        model = hf.AutoModelForSequenceClassification.from_config(config).eval()
-        model.save_pretrained(tmp_path)
-        if "bad" in labels:
-            with pytest.raises(SystemExit, match="one must be called positive"):
-                eval_imdb.load_reward(str(tmp_path))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="one must be called positive"):
+        eval_imdb.load_reward(str(tmp_path))
+    model.config.id2label = {0: "NEGATIVE", 1: "POSITIVE"}
+    model.save_pretrained(tmp_path)
     reward, texts = eval_imdb.load_reward(str(tmp_path)), ["the plot was dull", "i loved this film and the music", "a"]
-    expected = [model(**words(x, return_tensors="pt")).logits.softmax(-1)[0, 1].item() for x in texts]
-    assert reward(texts) == approx(expected, rel=1e-5) and reward(texts[::-1]) == approx(expected[::-1], rel=1e-5)
     # a text that is longer than its 64 positions is cut there
-    ids = words("the plot was dull " * 20, return_tensors="pt")["input_ids"][:, :64]
-    assert reward(["the plot was dull " * 20]) == approx([model(ids).logits.softmax(-1)[0, 1].item()], rel=1e-5)
+    texts.append("the plot was dull " * 20)
+    ids = [words(x, return_tensors="pt")["input_ids"][:, :64] for x in texts]
+    expected = [model(x).logits.softmax(-1)[0, 1].item() for x in ids]
+    assert reward(texts) == approx(expected, rel=1e-5) and reward(texts[::-1]) == approx(expected[::-1], rel=1e-5)
 
 
-def test_pairs_are_of_weights_prefixes_and_options(words, tmp_path):
+def test_pairs_are_of_weights_prefixes_and_options(words, tmp_path, capsys):
     options = dict(folder=str(tmp_path), name="reviews", reward="exact", completions=4, min_score_gap=0.1,
-                   max_new_tokens=24, seed=1)
+                   max_new_tokens=24, seed=1, prefixes=["the plot was superb", "i saw"])
     model = eval_imdb.scratch_model(0)[0]
-    first = eval_imdb.build_pairs(model, words, ["the plot", "i saw"], eval_imdb.exact_reward, **options)
+
+    def build(weight=0.0, **changed):
+        model.transformer.wte.weight.data[3, 4] += weight
+        return eval_imdb.build_pairs(model, words, score=eval_imdb.exact_reward, **{**options, **changed})
+    first = build()
     assert os.path.dirname(first) == str(tmp_path) and lines_of(first)
-    assert eval_imdb.build_pairs(model, words, ["the plot", "i saw"], eval_imdb.exact_reward, **options) == first
-    others = []
-    for change in (dict(prefixes=["the plot"]), dict(seed=2), dict(max_new_tokens=23), dict(weight=1.0)):
-        change = {"prefixes": ["the plot", "i saw"], **options, **change}
-        with torch.no_grad():
-            model.transformer.wte.weight[3, 4] += change.pop("weight", 0.0)
-        others.append(eval_imdb.build_pairs(model, words, score=eval_imdb.exact_reward, **change))
-    assert len({first, *others}) == 5
-
-
-def test_answers_are_shown_with_the_end_of_a_long_prompt(words, capsys):
-    models = {name: eval_imdb.scratch_model(seed)[0] for seed, name in enumerate(("SFT", "dpo"))}
-    prompts = [words(x)["input_ids"] for x in ("the plot", "the music " * 40)]
-    eval_imdb.show_answers(models, words, prompts, 8, seed=1)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "the plot" and lines[5] == "..." + ("the music " * 40).strip()[-300:]
-    for line, name, prompt in ((lines[2], "SFT", 0), (lines[7], "dpo", 1)):
-        ((response,),) = sample.generate(models[name], words, prompts, 8, seed=1)[prompt:][:1]
-        assert line == f"  {name:9} |" + sample.response_text(words, prompts[prompt], response)
-    eval_imdb.show_answers(models, words, prompts[:1], 8, 1, lambda texts: [len(text.split()) for text in texts])
-    assert re.search(r"^  SFT +\+10.00 \| ?\w", capsys.readouterr().out, re.M)
-
-
-def test_a_figure_has_a_panel_for_everything_that_logs_hold(tmp_path, monkeypatch):
-    pyplot, figures = pytest.importorskip("matplotlib.pyplot"), []
-    monkeypatch.setattr(pyplot, "close", figures.append)
-    rewards = [dict(step=n, eval_reward=0.1 * n, eval_reward_se=0.1, eval_sample_rkl=n / 2) for n in range(3)]
-    kls = [dict(step=n, kl_l=2 * n, kl_w=n) for n in range(1, 5)]
-    losses = [dict(step=n, loss=1 / n) for n in range(1, 5)] + [dict(step=4, eval_loss=0.5)]
-    for logs, titles, name in (
-        ({"sft": losses}, ["loss"], "loss"),
-        ({"a run": rewards + kls + losses}, ["reward", "KL", "loss"], "loss"),
-        ({f"run {n}": rewards[n % 3:] + kls for n in range(12)}, ["reward", "KL"], "kl_l"),
-        ({"a run": rewards + kls, "scored": rewards[:1]}, ["reward", "KL"], "kl_l"),
-    ):
-        eval_imdb.draw(logs, tmp_path / "log.png")
-        figure = figures[-1]
-        assert [re.match(r"\w+", axis.get_title())[0] for axis in figure.axes] == titles
-        assert [text.get_text() for text in figure.legends[0].get_texts()] == list(logs)
-        # each log has its color, and in the last panel its points
-        lines = [container[0] for container in figure.axes[-1].containers[::2]]
-        assert len({line.get_color() for line in lines}) == len(logs)
-        for line, log in zip(lines, logs.values()):
-            assert list(line.get_ydata()) == [record[name] for record in log if name in record]
-    # a model that was evaluated once is a point of the first
-    assert figure.axes[0].containers[1][0].get_xydata().tolist() == [[0, 0]]
+    for row in lines_of(first):
+        rewards = eval_imdb.exact_reward([row["prompt"] + row["chosen"], row["prompt"] + row["rejected"]])
+        assert [row["chosen_score"], row["rejected_score"]] == rewards and rewards[0] - rewards[1] > 0.1
+    assert build() == first and f"reusing {first}" in capsys.readouterr().out
+    others = {build(prefixes=["the plot"]), build(seed=2), build(max_new_tokens=23), build(weight=1.0)}
+    assert len(others - {first}) == 4
+    with pytest.raises(SystemExit, match="every pair was dropped"):
+        build(min_score_gap=3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1914,6 +1702,8 @@ def in_fork(name, args, folder, output, environ, before):
         os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), fd)
     os.environ.update(environ)
     sys.argv = [name, *args]
+    # nohup has the tests ignore it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     before()
     try:
         runpy.run_path(os.path.join(HERE, name), run_name="__main__")
@@ -1957,6 +1747,20 @@ def says(code, message, name, *args, **options):
     return out
 
 
+def fails(message, name, *args, **options):
+    """A script ends with an error that says this (a regex), its own or a library's."""
+    found, out = Run(name, *args, **options).end()
+    assert found == 1 and re.search(message, out), out
+
+
+def option_error(function, *args):
+    """What argparse says when a function ends the program with its exit code 2."""
+    with pytest.raises(SystemExit) as stop, contextlib.redirect_stderr(io.StringIO()) as said:
+        function(*args)
+    assert stop.value.code == 2 and said.getvalue().count("error:") == 1
+    return said.getvalue()
+
+
 def many(count, *args, name="train.py", environ={}, **options):
     """A script on several processes, as torchrun starts them: (exit codes, what each of them said). The first that
     fails ends the others."""
@@ -1983,12 +1787,17 @@ def on_pairs(out_dir, *args):
 
 
 def trained(out_dir, *args, **options):
-    says(0, "saved " + out_dir, "train.py", *on_pairs(out_dir, *args), **options)
-    return out_dir
+    """The output of a run on the file of pairs."""
+    return says(0, "saved " + out_dir, "train.py", *on_pairs(out_dir, *args), **options)
+
+
+def resuming(out_dir, *args):
+    """Options of a run that goes on."""
+    return ["--resume=True", f"--out_dir={out_dir}", *args]
 
 
 def resumed(out_dir, *args, **options):
-    return says(0, "saved " + out_dir, "train.py", "--resume=True", f"--out_dir={out_dir}", *args, **options)
+    return says(0, "saved " + out_dir, "train.py", *resuming(out_dir, *args), **options)
 
 
 def review_pairs(count):
@@ -2007,8 +1816,10 @@ def made_once(tmp_path_factory):
     """A folder with sft, an SFT model, tdpo2, a run of the embedded task on it, and pairs.jsonl."""
     folder = tmp_path_factory.mktemp("runs")
     with contextlib.chdir(folder):
-        says(0, "saved sft", "train.py", "--method=sft", "--out_dir=sft", "--max_steps=40", "--eval_pairs=64")
-        out = says(0, "saved tdpo2", "train.py", *TASK, "--out_dir=tdpo2", "--max_steps=8", "--eval_interval=4")
+        says(0, "saved sft", "train.py", "--method=sft", "--out_dir=sft", "--max_steps=40", "--batch_size=32",
+             "--eval_pairs=32")
+        out = says(0, "saved tdpo2", "train.py", *TASK, "--out_dir=tdpo2", "--seed=0", "--max_steps=8",
+                   "--batch_size=16", "--eval_interval=4")
         write_lines("tdpo2.txt", [out])
         write_lines("pairs.jsonl", review_pairs(60))
     return folder
@@ -2062,14 +1873,14 @@ def test_the_embedded_task_end_to_end(runs):
     names = {"n", "pairs", *metrics, *eval_imdb.SCORES, *(x + "_se" for x in eval_imdb.SCORES)}
     assert set(last) == {"step", *("eval_" + x for x in names)}
     assert all(math.isfinite(x) for record in log for x in record.values())
+    drawn = {name for _, _, x, lines in eval_imdb.PANELS for name in (x, *lines)}
+    assert all(any(name in record for record in log) for name in drawn)
 
     # three prefixes with a completion and a reward of both models, then what comes next
     out = open("tdpo2.txt").read()
     assert out.rstrip().endswith("\nsaved tdpo2 | next: python sample.py --model=tdpo2")
-    drawn = {name for _, _, x, lines in eval_imdb.PANELS for name in (x, *lines)}
-    assert all(any(name in record for record in log) for name in drawn)
     drawn = importlib.util.find_spec("matplotlib") is not None
-    assert os.path.exists("tdpo2/log.png") == drawn and ("wrote tdpo2/log.png" in out) == drawn
+    assert os.path.exists("tdpo2/log.png") == drawn == ("wrote tdpo2/log.png" in out)
     shown = re.findall(r"\n(.+)\n  reference +(\S+) \|(.*)\n  policy +(\S+) \|(.*)\n", out)
     assert len(shown) == 3
     for prefix, sft_reward, sft_text, reward, text in shown:
@@ -2077,58 +1888,30 @@ def test_the_embedded_task_end_to_end(runs):
         assert [float(sft_reward), float(reward)] == approx(rewards, abs=0.006)
     assert AutoModelForCausalLM.from_pretrained("tdpo2").generate(max_new_tokens=4).shape[1] > 1
 
+    # the untrained model spreads over its 163 words
+    assert steps_of("sft")[0]["loss"] == approx(math.log(163), rel=0.02)
 
-@pytest.mark.parametrize("method", ("tdpo2", "sft"))
-def test_a_run_ends_with_answers_to_prompts_that_it_held_out(runs, method):
+    # the pairs that it was trained on
+    (path,) = glob.glob("reviews-pairs-*")
+    prompts = [row["prompt"].split() for row in lines_of(path)]
+    assert len(prompts) > 20 and all(2 <= len(words) <= 8 for words in prompts)
+
+
+def test_a_run_ends_with_answers_to_prompts_that_it_held_out(runs):
     """On data of one's own; a prompt is shown as it was cut for training."""
-    name = "answers-" + method
-    out = says(0, "saved " + name, "train.py", *on_pairs(name, f"--method={method}", "--max_steps=1", "--max_length=12",
-                                                        "--max_prompt_length=2", "--max_new_tokens=6"))
-    models = {"policy": name} if method == "sft" else {"reference": "sft", "policy": name}
-    texts = [row["prompt"] for row in lines_of(name + "/prompts.jsonl")[:3]]
+    out = trained("answers", "--max_steps=1", "--max_length=12", "--max_prompt_length=2", "--max_new_tokens=6")
+    texts = [row["prompt"] for row in lines_of("answers/prompts.jsonl")[:3]]
     tokenizer, expected = sample.load_model("sft")[1], ""
     prompts = [sample.encode_prompt(tokenizer, text)[-2:] for text in texts]
     assert all(len(text.split()) == 4 for text in texts)
     drawn = {}
-    for role, path in models.items():
+    for role, path in (("reference", "sft"), ("policy", "answers")):
         drawn[role] = sample.generate(sample.load_model(path)[0], tokenizer, prompts, 6, seed=1)
     for n, prompt in enumerate(prompts):
         expected += "\n" + tokenizer.decode(prompt) + "\n"
-        for role in models:
+        for role in drawn:
             expected += f"  {role:9} |{sample.response_text(tokenizer, prompt, drawn[role][n][0])}\n"
-    assert expected + "\nmedian speed" in out, out
-
-
-def test_a_reference_may_be_named_that_is_the_start_of_the_policy(runs):
-    trained("named-ref", "--ref_from=sft", "--max_steps=2", "--eval_interval=1")
-    first, *_, last = log_of("named-ref")
-    assert first["eval_kl_l"] == 0 and last["eval_kl_l"] > 0
-
-
-def test_pairs_are_labelled_and_reused(runs):
-    (path,) = glob.glob("reviews-pairs-*")
-    rows = lines_of(path)
-    assert len(rows) > 20 and all(r["chosen_score"] - r["rejected_score"] > 0.1 for r in rows)
-    assert all(2 <= len(r["prompt"].split()) <= 8 for r in rows)
-    for side in ("chosen", "rejected"):
-        assert [r[side + "_score"] for r in rows] == eval_imdb.exact_reward([r["prompt"] + r[side] for r in rows])
-    common = ["train.py", *TASK, "--method=dpo", "--max_steps=1", "--eval_prefixes=2"]
-    says(0, f"reusing (./)?{path}", *common, "--out_dir=reused")
-    says(1, "pairs: sampling(.|\n)*every pair was dropped", *common, "--min_score_gap=3", "--out_dir=no-pairs")
-    assert os.listdir("no-pairs") == [".lock"]
-
-
-@pytest.mark.parametrize("method", ("tdpo2", "sft"))
-def test_micro_batches_change_no_number(runs, method):
-    common = f"--method={method}", "--max_steps=3", "--overwrite=True"
-    logs = [log_of(trained("micro", f"--micro_tokens={n}", *common)) for n in (1, 100000)]
-    same_numbers(*logs)
-
-
-def compile_eagerly():
-    """Dynamo with no compiler after it; more graphs than its limit are an error."""
-    torch.compile = functools.partial(torch.compile, backend="eager")
-    torch._dynamo.config.fail_on_recompile_limit_hit, torch._dynamo.config.recompile_limit = True, 3
+    assert expected in out, out
 
 
 def test_sample_measures_reference_and_policy(runs):
@@ -2144,40 +1927,23 @@ def test_sample_measures_reference_and_policy(runs):
 
     # a model that is no run, with prompts of one's own
     shutil.copytree("sft", "model", ignore=shutil.ignore_patterns("options.json", "log.jsonl", "state.pt"))
-    write_lines("two.txt", ["the plot", "i saw"])
-    for option, count in (("--prompt=the plot was", 1), ("--prompts=two.txt", 2), ("--prompts=tdpo2/prompts.jsonl", 8)):
-        says(0, f"over {count} prompts", "sample.py", "--model=model", option, "--max_new_tokens=5")
-        assert len(lines_of("model/samples.jsonl")) == count
     says(2, "not a run that held out prompts", "sample.py", "--model=model")
-    said = "note: 1 of 1 prompts are left out, because they leave no room for a response within 128 positions\n"
-    says(1, said + "error: no prompt is left\n", "sample.py", "--model=model", "--prompt=" + "the " * 200)
-
-
-def test_a_prompt_that_is_too_long_does_not_stop_the_others(runs):
-    """Neither among those that a run held out, which were cut for training, nor among those of a file."""
-    rows = lines_of("pairs.jsonl")[:3]
-    rows[1]["prompt"] += " the" * 200
-    write_lines("long.jsonl", rows)
-    said = "note: 1 held-out prompts were cut, and are not in prompts.jsonl"
-    says(0, said, "train.py", *on_pairs("long", "--max_steps=1", "--eval_data=long.jsonl"))
-    left_out = r"note: 1 of 3 prompts are left out(.|\n)*over 2 prompts"
-    for said, options in (("over 2 prompts", []), (left_out, ["--prompts=long.jsonl"])):
-        says(0, said, "sample.py", "--model=long", *options, "--max_new_tokens=3", "--out=long-samples.jsonl")
-        assert len(lines_of("long-samples.jsonl")) == 4
-        assert {row["prompt"] for row in lines_of("long-samples.jsonl")} == {rows[n]["prompt"] for n in (0, 2)}
+    write_lines("two.txt", ["the plot", "the " * 200, "i saw"])
+    said = "note: 1 of 3 prompts are left out(.|\n)*over 2 prompts"
+    says(0, said, "sample.py", "--model=model", "--prompts=two.txt", "--max_new_tokens=5")
+    assert [row["prompt"] for row in lines_of("model/samples.jsonl")] == ["the plot", "i saw"]
+    says(1, "error: no prompt is left\n", "sample.py", "--model=model", "--prompt=" + "the " * 200)
 
 
 def test_a_run_is_used_from_elsewhere_and_after_it_was_moved(runs, tmp_path):
-    for name in ("sft", "pairs.jsonl"):
-        (shutil.copytree if os.path.isdir(name) else shutil.copy)(name, tmp_path / name)
+    shutil.copytree("sft", tmp_path / "sft")
+    shutil.copy("pairs.jsonl", tmp_path)
     (tmp_path / "elsewhere" / "sft").mkdir(parents=True)
     with contextlib.chdir(tmp_path):
         trained("run", "--max_steps=1", "--eval_data=p*.jsonl", "--ref_from=sft")
     sampled = "--model=../run", "--num_prompts=2", "--max_new_tokens=3", "--out=x.jsonl"
     with contextlib.chdir(tmp_path / "elsewhere"):
         says(0, "reference +.*\npolicy .* kl ", "sample.py", *sampled)
-        out = says(0, "policy ", "sample.py", *sampled, "--ref=")
-        assert "reference" not in out and " kl 0" not in out
         resumed("../run", "--max_steps=2")
 
         # its models and data are in a different place now, and a model that is not the reference in this one
@@ -2186,72 +1952,73 @@ def test_a_run_is_used_from_elsewhere_and_after_it_was_moved(runs, tmp_path):
         out = says(0, f"note: the reference {tmp_path}/sft is gone; --ref=DIR(.|\n)*policy ", "sample.py", *sampled)
         assert "reference  " not in out
         says(0, "reference +.*\npolicy .* kl ", "sample.py", *sampled, "--ref=../moved")
-        says(1, f"cannot load {tmp_path}/sft.*not a local directory", "train.py", "--resume=True", "--out_dir=../run",
-             "--max_steps=3")
+        says(1, f"cannot load {tmp_path}/sft.*not a local directory", "train.py", *resuming("../run", "--max_steps=3"))
         places = ["--init_from=../moved", "--ref_from=../moved", "--data=../moved.jsonl", "--eval_data=../moved.jsonl"]
         resumed("../run", "--max_steps=3", *places)
         # what lies there has to be the same
         write_lines("other.jsonl", lines_of("../moved.jsonl")[1:])
-        says(1, "the data or the model that the run in ../run began with has changed", "train.py", "--resume=True",
-             "--out_dir=../run", "--max_steps=4", *places[:2], "--data=other.jsonl")
-    assert steps_of(str(tmp_path / "run"))[-1]["step"] == 3
+        says(1, "the data or the model that the run in ../run began with has changed", "train.py",
+             *resuming("../run", "--max_steps=4", *places[:2], "--data=other.jsonl"))
 
 
-def test_the_embedded_tasks_model_is_found_from_elsewhere(runs, tmp_path):
-    """Its name is none of a user's options."""
-    shutil.copytree("sft", tmp_path / "reviews-sft-1")
-    with contextlib.chdir(tmp_path):
-        says(0, "saved run", "train.py", "--out_dir=run", "--train_prefixes=48", "--eval_prefixes=2", "--max_steps=1")
-    assert sample.reference_of(str(tmp_path / "run")) == str(tmp_path / "reviews-sft-1")
+def test_the_embedded_tasks_model_is_found_from_elsewhere(tmp_path, monkeypatch):
+    """It is trained once, with options that exist, and its name is an absolute path."""
+    commands = []
+
+    def run(command, **options):
+        commands.append(command)
+        os.mkdir(train.configure(command[2:])["out_dir"])
+        return types.SimpleNamespace(returncode=0)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(signal, "signal", mock.Mock())
+    with mock.patch.multiple(train, create=True, out_dir="run", seed=3, hangup=[]):
+        found = [train.embedded_sft() for _ in range(2)]
+    assert found == 2 * [str(tmp_path / "reviews-sft-3")] and os.listdir() == ["reviews-sft-3"]
+    assert len(commands) == 1 and {"--method=sft", "--seed=3"} < set(commands[0])
 
 
 def test_a_tilde_is_the_home_directory_in_every_path(runs, monkeypatch):
     home = os.path.abspath("home")
     monkeypatch.setenv("HOME", home)
-    os.makedirs("home/rows")
+    os.mkdir("home")
+    names = "init_from", "ref_from", "data", "eval_data", "out_dir"
+    found = train.configure([f"--{name}=~/{name}/*" for name in names])
+    assert [found[name] for name in names] == [f"{home}/{name}/*" for name in names]
+    tasks = train.configure(["--data=imdb", "--texts=~/texts", "--reward=~/reward", "--init_from=x"])
+    assert (tasks["texts"], tasks["reward"]) == (home + "/texts", home + "/reward")
     shutil.copytree("sft", "home/sft")
-    shutil.copy("pairs.jsonl", "home/rows/pairs.jsonl")
-    places = dict(init_from="sft", ref_from="sft", data="rows/*.jsonl", eval_data="rows/pairs.jsonl", out_dir="a/run")
-    options = [f"--{name}=~/{value}" for name, value in places.items()]
-    for name, value in places.items():
-        assert train.configure(options)[name] == f"{home}/{value}"
-    tasks = train.configure(["--data=imdb", "--texts=~/rows/pairs.jsonl", "--reward=~/sft", "--init_from=x"])
-    assert (tasks["texts"], tasks["reward"]) == (f"{home}/rows/pairs.jsonl", home + "/sft")
-    environ = dict(HOME=home)
-    says(0, f"saved {home}/a/run", "train.py", *on_pairs("x", "--max_steps=1"), *options, environ=environ)
-    says(0, "wrote .*/home/x/y.jsonl", "sample.py", "--model=~/a/run", "--ref=~/sft", "--prompts=~/a/run/prompts.jsonl",
-         "--max_new_tokens=3", "--out=~/x/y.jsonl", environ=environ)
-    says(0, "home/a/run [|](.|\n)*home/sft [|]", "eval_imdb.py", "--runs=~/a/run,~/sft", "--out=~/z/figure.png",
-         environ=environ)
-    assert not os.path.exists("~") and os.path.exists("home/a/run/state.pt") and os.path.exists("home/x/y.jsonl")
+    shutil.copy("tdpo2/prompts.jsonl", "home")
+    says(0, "wrote .*/home/x/y.jsonl", "sample.py", "--model=~/sft", "--ref=~/sft", "--prompts=~/prompts.jsonl",
+         "--max_new_tokens=3", "--out=~/x/y.jsonl", environ=dict(HOME=home))
+    says(0, "home/sft [|]", "eval_imdb.py", "--runs=sft,~/sft", "--out=~/z/figure.png",
+         environ=dict(HOME=home))
+    assert not os.path.exists("~")
     # a prompt is no path
     parser = argparse.ArgumentParser()
     parser.add_argument("--prompt")
     assert sample.parse(parser, ["--prompt=~/a"]).prompt == "~/a"
 
 
-
-
 def test_table_and_figure_come_from_logs_and_models_are_scored_anew(runs):
     shutil.copytree("tdpo2", "elsewhere", ignore=shutil.ignore_patterns("options.json", "log.jsonl"))
-    out = says(0, "wrote|no figure", "eval_imdb.py", "--runs=tdp*2,sft", "--score=elsewhere", "--eval_prefixes=24",
-               "--seed=1", "--out=frontier.png")
+    out = says(0, "wrote|no figure", "eval_imdb.py", "--runs=tdp*2,sft", "--score=elsewhere",
+               "--out=frontier.png")
     lines = {line.split(" | ")[0]: line for line in out.splitlines() if line.startswith("| ")}
     assert list(lines) == ["| run", "| tdpo2", "| sft", "| elsewhere (scored)"]
     # the same seed and prefixes: the logged numbers are those that are measured anew
     last = log_of("tdpo2")[-1]
     cells = [f"{last['eval_' + name]:.3f} ± {last[f'eval_{name}_se']:.3f}" for name in eval_imdb.SCORES]
-    losses = f"{last['eval_loss']:.3f} | {last['eval_acc']:.3f}"
-    assert lines["| tdpo2"] == "| tdpo2 | " + " | ".join(cells) + f" | {losses} |"
-    assert lines["| elsewhere (scored)"] == "| elsewhere (scored) | " + " | ".join(cells) + " | – | – |"
+    cells = " | " + " | ".join(cells)
+    assert lines["| tdpo2"] == f"| tdpo2{cells} | {last['eval_loss']:.3f} | {last['eval_acc']:.3f} |"
+    assert lines["| elsewhere (scored)"] == f"| elsewhere (scored){cells} | – | – |"
     assert lines["| sft"] == f"| sft | – | – | – | – | {log_of('sft')[-1]['eval_loss']:.3f} | – |"
     assert len(re.findall(r"\n.+\n  reference +[+-]\S+ \|.*\n  policy +[+-]\S+ \|.*\n", out)) == 3
     assert os.path.exists("frontier.png") or "no figure was drawn" in out
     # what is wrong is said before anything is scored
-    says(2, "elsewhere holds no run of train.py", "eval_imdb.py", "--runs=elsewhere", "--out=no.png")
-    says(2, "but sft has none", "eval_imdb.py", "--runs=sft,tdpo2", "--score=tdpo2", "--out=no.png")
-    says(1, "cannot load nowhere", "eval_imdb.py", "--runs=tdpo2", "--score=tdpo2,nowhere", "--out=no.png")
-    says(2, "would be ignored", "eval_imdb.py", "--runs=tdpo2", "--seed=1", "--out=no.png")
+    for code, said, *options in ((2, "elsewhere holds no run of train.py", "--runs=elsewhere"),
+                                 (1, "cannot load nowhere", "--runs=tdpo2", "--score=tdpo2,nowhere")):
+        says(code, said, "eval_imdb.py", *options, "--out=no.png")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2270,15 +2037,15 @@ def same_run(a, b, exactly=True):
     same_numbers(steps_of(a), steps_of(b))
 
 
-def test_resume_continues_bit_for_bit_from_state_pt_alone(runs):
-    trained("whole", "--max_steps=20", "--eval_interval=5")
-    trained("parts", "--max_steps=10", "--eval_interval=5")
+def test_resume_needs_only_state_pt_and_continues_bit_for_bit(runs):
+    trained("whole", "--max_steps=8", "--eval_interval=2")
+    trained("parts", "--max_steps=4", "--eval_interval=2")
     for path in glob.glob("parts/*"):
         if os.path.basename(path) not in ("state.pt", "options.json", "log.jsonl"):
             os.remove(path)
     with open("parts/log.jsonl", "a") as f:             # as a kill leaves it: a step after the save, and half a line
-        f.write('{"step": 11, "loss": 9}\n{"step": 99, "lo')
-    resumed("parts", "--max_steps=20")
+        f.write('{"step": 5, "loss": 9}\n{"step": 99, "lo')
+    resumed("parts", "--max_steps=8")
     same_run("whole", "parts")
     same_numbers(log_of("whole"), log_of("parts"))
     a, b = (open(folder + "/model.safetensors", "rb").read() for folder in ("whole", "parts"))
@@ -2286,7 +2053,7 @@ def test_resume_continues_bit_for_bit_from_state_pt_alone(runs):
 
     # a kill may have come between state.pt and the last of the other files: they come back
     os.remove("parts/model.safetensors")
-    says(1, "is at step 20 already", "train.py", "--resume=True", "--out_dir=parts")
+    says(1, "is at step 8 already", "train.py", *resuming("parts"))
     assert open("parts/model.safetensors", "rb").read() == a
 
 
@@ -2305,24 +2072,22 @@ def test_a_run_removes_what_a_run_wrote_and_nothing_else(runs):
         write_lines("study/" + name, ["mine"])
     shutil.copytree("sft", "study/tokenizer_start")
     shutil.copy("pairs.jsonl", "study/evals.jsonl")
-    own, task = contents("study"), [*TASK[1:], "--data=reviews", "--eval_interval=1"]
+    own = contents("study")
     with contextlib.chdir("study"):
         start = ["--init_from=tokenizer_start", "--data=evals.jsonl", "--max_steps=1"]
         trained(".", *start)
-        resumed(".", "--max_steps=2")
-        ran = set(map(os.path.relpath, contents(".")))
+        ran = contents(".").keys()
         # of a task, whose samples lie in a folder with the person's own file
-        trained(".", *start, *task, "--max_prompt_length=8", "--overwrite=True", "--max_steps=2")
-        assert {"evals/0.jsonl", "evals/2.jsonl"} < set(map(os.path.relpath, contents(".")))
+        trained(".", *start, *TASK[1:], "--data=reviews", "--max_prompt_length=8", "--overwrite=True")
+        assert {"evals/0.jsonl", "evals/1.jsonl"} < contents(".").keys()
         (pairs,) = glob.glob("reviews-pairs-*.jsonl")
         os.remove(pairs)
         trained(".", *start, "--overwrite=True")
-        assert set(map(os.path.relpath, contents("."))) == ran
+        assert contents(".").keys() == ran
     assert own.items() <= contents("study").items()
 
 
-BLOCKED = ("config.json", "model.safetensors", "tokenizer.json", "tdpo.py", "log.png", "log.jsonl", "prompts.jsonl",
-           "evals/0.jsonl", "generation_config.json", "options.json", "state.pt", "chat_template.jinja")
+BLOCKED = ("config.json", "tdpo.py", "log.jsonl", "evals/0.jsonl", "state.pt", "chat_template.jinja")
 
 
 def test_a_folder_with_files_that_a_run_would_replace_is_refused(runs):
@@ -2331,30 +2096,24 @@ def test_a_folder_with_files_that_a_run_would_replace_is_refused(runs):
         os.makedirs(os.path.dirname(f"{folder}/{name}"))
         write_lines(f"{folder}/{name}", ["mine"])
         for overwrite in ("False", "True"):
-            with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as said:
-                train.configure(on_pairs(folder, f"--overwrite={overwrite}"))
-            assert f"has files that are in no run's record: {name}; move them" in said.getvalue()
+            said = option_error(train.configure, on_pairs(folder, f"--overwrite={overwrite}"))
+            assert f"has files that are in no run's record: {name}; move them" in said
     # beside a run, too
     trained("guest", "--max_steps=1")
     write_lines("guest/adapter_config.json", ["mine"])
     before = contents("guest")
     says(2, "in no run's record: adapter_config.json; move them", "train.py", *on_pairs("guest", "--overwrite=True"))
     assert contents("guest") == before
-    os.symlink("../sft/config.json", "blocked0/merges.txt")
-    says(2, "in no run's record: config.json, merges.txt", "train.py", *on_pairs("blocked0"))
 
 
 def test_tokenizers_that_save_a_folder_are_saved(runs):
-    """Several named chat templates lie in a folder; they are saved over and over, and go with their run."""
-    tokenizer = AutoTokenizer.from_pretrained("sft")
+    """Several named chat templates lie in a folder; they are saved over and over."""
+    model, tokenizer = sample.load_model("sft")
     tokenizer.chat_template = {"default": TEMPLATE, "tool_use": "tools " + TEMPLATE}
-    tokenizer.save_pretrained(shutil.copytree("sft", "named"))
-    options = ["--init_from=named", "--max_steps=2", "--save_interval=1"]
-    for overwrite in ("False", "True"):
-        trained("folder", *options, f"--overwrite={overwrite}")
+    for step in range(2):
+        train.save("folder", model, tokenizer, torch.optim.RMSprop(model.parameters()), step)
         assert AutoTokenizer.from_pretrained("folder").chat_template == tokenizer.chat_template
-    assert any(map(os.path.isdir, glob.glob("folder/*")))
-    assert not AutoTokenizer.from_pretrained(trained("folder", "--max_steps=1", "--overwrite=True")).chat_template
+    assert any(os.path.isdir(path) for path in glob.glob("folder/*"))
 
 
 WORDS, THETA = dict(SIZES, vocab_size=163), dict(rope_type="default", rope_theta=5e5)
@@ -2365,8 +2124,6 @@ LLAMA3 = dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.
 ROTARY = {
     "llama": (hf.LlamaConfig(**WORDS, **GROUPS, rope_parameters=LLAMA3),
               dict(rope_theta=5e5, rope_scaling={key: x for key, x in LLAMA3.items() if key != "rope_theta"}), ()),
-    "phi": (hf.PhiConfig(**WORDS, **MIDDLE, rope_parameters=HALF),
-            dict(rope_theta=5e5, partial_rotary_factor=0.5, rope_scaling=None), ()),
     "gpt_neox": (hf.GPTNeoXConfig(**WORDS, **MIDDLE, rope_parameters=HALF),
                  dict(rotary_emb_base=5e5, rotary_pct=0.5), ()),
     "gemma3": (hf.Gemma3Config(vision_config=dict(VISION), text_config=dict(
@@ -2375,50 +2132,50 @@ ROTARY = {
 }
 
 
-@pytest.mark.parametrize("name", ROTARY)
-def test_what_is_saved_has_the_keys_of_its_source(runs, name):
-    """A start model as transformers 4 writes it, and what transformers 5 reads of it and of the run."""
-    config, old, parts = ROTARY[name]
-    source, result = f"{name}-4", f"{name}-run"
-    tiny(config).save_pretrained(source)
-    AutoTokenizer.from_pretrained("sft").save_pretrained(source)
+def saved_again(source, result):
+    """The configurations of a model and of its tokenizer that a run on source saves."""
+    model, tokenizer = sample.load_model(source)
+    train.save(result, model, tokenizer, torch.optim.RMSprop(model.parameters()), 1)
+    return [json.load(open(f"{result}/{name}")) for name in ("config.json", "tokenizer_config.json")]
 
-    # of transformers 5: the run says which version is needed
-    start = [f"--init_from={source}", "--max_steps=1"]
-    said = "note: what is saved needs transformers 5"
-    assert said in says(0, "saved", "train.py", *on_pairs("of-5", *start, "--overwrite=True"))
-    for folder, kind in ((source, "TokenizersBackend"), ("of-5", "PreTrainedTokenizerFast")):
-        assert json.load(open(f"{folder}/tokenizer_config.json"))["tokenizer_class"] == kind
-    written = json.load(open(f"{source}/config.json"))
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_what_is_saved_has_the_keys_of_its_source(name, tmp_path, monkeypatch):
+    """A start model as transformers 4 writes it, and what transformers 5 reads of it and of the run."""
+    monkeypatch.chdir(tmp_path)
+    config, old, parts = ROTARY[name]
+    save_with_words(tiny(config), "source")
+    assert json.load(open("source/tokenizer_config.json"))["tokenizer_class"] == "TokenizersBackend"
+    written, kinds = saved_again("source", "of-5")
+    assert kinds["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+    # as transformers 4 would have written it
     inner = functools.reduce(dict.get, parts, written)
     inner.update(old, rope_parameters=None)
     del inner["rope_parameters"]
     written["torch_dtype"] = written.pop("dtype")
-    kinds = json.load(open(f"{source}/tokenizer_config.json"))
-    kinds.update(tokenizer_class="PreTrainedTokenizerFast", additional_special_tokens=["<unk>"], add_bos_token=False)
-    for file, values in (("config.json", written), ("tokenizer_config.json", kinds)):
-        write_lines(f"{source}/{file}", [values])
-    rope = AutoConfig.from_pretrained(source).get_text_config().rope_parameters
+    kinds.update(additional_special_tokens=["<unk>"], add_bos_token=False)
+    write_lines("source/config.json", [written])
+    write_lines("source/tokenizer_config.json", [kinds])
+    rope = AutoConfig.from_pretrained("source").get_text_config().rope_parameters
     assert rope == config.get_text_config().rope_parameters
 
-    # of transformers 4, in the run on it, and in one on that
-    for start, result in ((source, result), (result, result + "-2")):
-        out = says(0, "saved", "train.py", *on_pairs(result, f"--init_from={start}", "--max_steps=1"))
-        saved = json.load(open(f"{result}/config.json"))
-        assert said not in out and "torch_dtype" not in saved
+    # in the run on it, and in one on that
+    for source, result in (("source", "run"), ("run", "run-2")):
+        saved, saved_kinds = saved_again(source, result)
         found = functools.reduce(dict.get, parts, saved)
-        assert {key: found.get(key) for key in old} == old
+        assert {key: found.get(key) for key in old} == old and "torch_dtype" not in saved
         assert AutoConfig.from_pretrained(result).get_text_config().rope_parameters == rope
-        saved = json.load(open(f"{result}/tokenizer_config.json"))
-        assert {key: saved.get(key) for key in kinds} == kinds and "extra_special_tokens" not in saved
-        a, b = [AutoTokenizer.from_pretrained(folder) for folder in (source, result)]
+        assert {key: saved_kinds.get(key) for key in kinds} == kinds and "extra_special_tokens" not in saved_kinds
+        a, b = [AutoTokenizer.from_pretrained(folder) for folder in ("source", result)]
         assert type(a) is type(b) and a.extra_special_tokens == b.extra_special_tokens == ["<unk>"]
         assert a("the plot").data == b("the plot").data
 
 
 def test_an_interrupted_save_leaves_a_whole_checkpoint(runs, monkeypatch):
     """Interrupted before its 1st, 2nd, ... move, until it goes through."""
-    model, tokenizer = sample.load_model(trained("interrupted", "--max_steps=1"))
+    trained("interrupted", "--max_steps=1")
+    model, tokenizer = sample.load_model("interrupted")
     optimizer, replace, stop_at, moves = torch.optim.RMSprop(model.parameters()), os.replace, -1, [()]
 
     def stopping(*args):
@@ -2450,52 +2207,26 @@ def test_a_save_that_fails_keeps_the_one_before(runs):
     sample.load_model("full")
 
 
-def full_disk(number, name):
-    """before: nothing more can be written to files of this name, because the disk is full."""
-    class Full(io.TextIOWrapper):
-        def write(self, text):
-            raise OSError(number, os.strerror(number))
-    inner = builtins.open
-
-    def opened(path, mode="r", *args, **options):
-        if mode in "wa" and str(path).endswith(name):
-            return Full(inner(path, mode + "b"))
-        return inner(path, mode, *args, **options)
-    builtins.open = opened
-
-
 def test_a_full_disk_ends_in_one_sentence(runs):
-    """Wherever a run writes, and in sample.py and eval_imdb.py."""
-    said, go = "\nerror: .*make room. A run's last checkpoint is whole; continue with --resume=True\n$", "--resume=True"
-    task = trained("room", *TASK[1:], "--data=reviews", "--max_steps=2", "--max_prompt_length=8", "--eval_interval=2")
-    for name, code in (("log.jsonl", errno.ENOSPC), (".written", errno.ENOSPC), ("4.jsonl", errno.EDQUOT),
-                       ("options.json.new", errno.ENOSPC), ("prompts.jsonl", errno.EIO)):
-        before = functools.partial(full_disk, code, name)
-        says(1, said, "train.py", go, "--out_dir=room", "--max_steps=4", before=before)
-        assert state_of(task)["step"] == 2 and log_of(task)
-    out = says(1, said, "sample.py", "--model=tdpo2", "--num_prompts=1", "--out=full.jsonl",
-               before=functools.partial(full_disk, errno.ENOSPC, "full.jsonl"))
+    """Between two saves, and in sample.py."""
+    said = "\nerror: .*make room. A run's last checkpoint is whole; continue with --resume=True\n$"
+    out = says(1, said, "sample.py", "--model=tdpo2", "--num_prompts=1", "--out=/dev/full")
     assert "policy    | 1 responses | entropy" in out
-    says(1, said, "eval_imdb.py", "--runs=tdpo2", "--out=full.png", before=failing_figure)
-    resumed(task, "--max_steps=4")
-    # a real one, as far as that goes without a file system of its own
-    trained("limit", "--max_steps=40", "--eval_interval=0", "--log_interval=1000")
-    says(1, said, "train.py", go, "--out_dir=limit", "--max_steps=60", before=limit_the_log)
-    assert state_of("limit")["step"] == 40 and last_step("limit") >= 49
-    resumed("limit", "--max_steps=42")
-
-
-def failing_figure():
-    """before: a figure finds the disk full."""
-    def savefig(*args, **options):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    sys.modules["matplotlib.figure"].Figure.savefig = savefig
+    trained("limit", "--max_steps=20", "--eval_interval=0", "--log_interval=1000")
+    says(1, said, "train.py", *resuming("limit", "--max_steps=50"), before=limit_the_log)
+    assert state_of("limit")["step"] == 20 and last_step("limit") >= 29
+    resumed("limit", "--max_steps=21")
 
 
 def limit_the_log():
-    """before: after ten steps no file may grow beyond 12 kB, which the log has by then."""
+    """before: after ten steps no file may grow any more."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    stepping(lambda n: n == 10 and resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000)))
+
+    def limit(n):
+        if n == 10:
+            size = os.path.getsize("limit/log.jsonl")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    stepping(limit)
 
 
 class Evil:
@@ -2507,54 +2238,34 @@ class Evil:
 DAMAGES = [     # (file, what it then holds, exit code, message)
     ("state.pt", lambda data: pickle.dumps(Evil()), 1, "the checkpoint in damaged. cannot be read"),
     ("state.pt", lambda data: b"", 1, "the checkpoint in damaged. cannot be read"),
-    ("state.pt", lambda data: data.replace(b"h.0.attn", b"h.9.attn"), 1, "does not fit this model"),
-    ("options.json", lambda data: data.replace(b'"beta": 0.1', b'"beta": "x"'), 2, "by a different version"),
     ("options.json", lambda data: b"{", 2, "cannot be continued"),
 ]
 
 
 def test_damaged_checkpoints_are_refused_untouched(runs):
-    trained("to-damage", "--max_steps=2")
+    trained("to-damage", "--max_steps=1")
     for n, (name, damage, code, message) in enumerate(DAMAGES):
-        folder = pathlib.Path(shutil.copytree("to-damage", f"damaged{n}"))
-        (folder / name).write_bytes(damage((folder / name).read_bytes()))
-        before = {path: path.read_bytes() for path in folder.iterdir()}
-        says(code, message, "train.py", "--resume=True", f"--out_dir={folder}", "--max_steps=4")
-        assert before == {path: path.read_bytes() for path in folder.iterdir()}
+        folder = shutil.copytree("to-damage", f"damaged{n}")
+        path = pathlib.Path(folder, name)
+        path.write_bytes(damage(path.read_bytes()))
+        before = contents(folder)
+        says(code, message, "train.py", *resuming(folder, "--max_steps=4"))
+        assert before == contents(folder)
     assert not os.path.exists("evil")
 
 
 def test_epochs_and_decay(runs):
     """48 pairs in steps of 8; a run whose rate decays keeps its number of steps."""
-    options = ["--epochs=1.75", "--lr_decay=linear", "--save_interval=5", "--eval_interval=0"]
-    trained("decay", *options)
+    trained("decay", "--epochs=1.75", "--lr_decay=linear", "--eval_interval=0")
     rates = [x["lr"] for x in steps_of("decay")]
     assert rates == approx([1e-4 * x for x in (1 / 3, 2 / 3, 1, 1, 6 / 7, 5 / 7, 4 / 7, 3 / 7, 2 / 7, 1 / 7, 0)])
-    before = open("decay/state.pt", "rb").read()
     for name, value in (("epochs", 2), ("max_steps", 12)):
-        says(2, f"--{name} would change the run in decay: leave it out", "train.py", "--resume=True", "--out_dir=decay",
-             f"--{name}={value}")
-    says(1, "decay is at step 11 already", "train.py", "--resume=True", "--out_dir=decay", "--epochs=1.75")
-    assert {key: x.tolist() for key, x in state_of("decay")["weights"].items()} == {
-        key: x.tolist() for key, x in torch.load(io.BytesIO(before))["weights"].items()}
+        said = option_error(train.configure, resuming("decay", f"--{name}={value}"))
+        assert f"--{name} would change the run in decay: leave it out" in said
+    says(1, "decay is at step 11 already", "train.py", *resuming("decay", "--epochs=1.75"))
     # a task's own number of steps
     assert train.configure(["--out_dir=x"])["max_steps"] == 120
     assert train.configure(["--out_dir=x", "--epochs=3"])["max_steps"] == 0
-
-
-def test_prompts_that_are_on_both_sides_are_counted(runs):
-    rows = lines_of("pairs.jsonl")[:3]
-    write_lines("side.jsonl", [*rows, *[dict(rows[0], prompt="the plot " + word) for word in ("was", "is", "felt")]])
-    out = says(0, "saved sides", "train.py", *on_pairs("sides", "--eval_data=side.jsonl", "--max_steps=1"))
-    assert "warning: 3 of 6 held-out prompts are also trained on\n" in out
-    assert "held-out prompts are" not in says(0, "saved apart", "train.py", *on_pairs("apart", "--max_steps=1"))
-
-
-def test_changed_data_are_refused(runs):
-    shutil.copy("pairs.jsonl", "mine.jsonl")
-    trained("changed", "--max_steps=2", "--data=mine.jsonl")
-    write_lines("mine.jsonl", [open("mine.jsonl").read().replace(" the ", " a ", 1)])
-    says(1, "the data or the model that the run", "train.py", "--resume=True", "--out_dir=changed", "--max_steps=4")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2562,41 +2273,47 @@ def test_changed_data_are_refused(runs):
 
 
 @pytest.mark.parametrize("name, parts, options", [
-    ("tied", ((3, 6),), []),
-    ("bias", ((1, 3), (2, 6)), ["--init_from=bias", "--ref_from=sft"]),
-    ("untied", ((2, 3), (3, 6)), ["--init_from=untied", "--checkpoint_activations=True"]),
-    ("adapters", ((2, 3), (1, 6)), ["--lora_rank=3"]),
-    ("adamw", ((2, 3), (1, 6)), ["--method=sft", "--optimizer=adamw"]),
-    ("bf16", ((2, 6),), ["--init_from=bf16", "--dtype=bfloat16"]),
+    ("tied", ((3, 4),), ["--ref_from=sft"]),
+    ("untied", ((1, 2), (2, 4)), ["--init_from=untied", "--ref_from=sft", "--optimizer=adamw"]),
+    ("adapters", ((2, 2), (1, 4)), ["--method=sft", "--lora_rank=3"]),
+    ("bf16", ((1, 2), (2, 4)), ["--init_from=bf16", "--dtype=bfloat16"]),
 ])
 def test_any_number_of_processes_ends_where_one_does(runs, words, name, parts, options):
-    """parts: (processes, steps) of a run that stops and goes on. The model called bias has one in its output layer; it
-    and the ones that are not tied have buffers of rotary frequencies."""
+    """parts: (processes, steps) of a run that stops and goes on, and computes in smaller rows. The model called untied
+    has a bias in its output layer; it and the one in bf16 have buffers of rotary frequencies."""
     sizes = dict(SIZES, vocab_size=len(words), eos_token_id=0)
-    if name in ("bias", "untied", "bf16"):
-        config = hf.PhiConfig(**sizes, **MIDDLE) if name == "bias" else hf.LlamaConfig(**sizes, **GROUPS)
-        # numbers of bf16 have a reference in bf16
-        tiny(config).to(torch.bfloat16 if name == "bf16" else torch.float32).save_pretrained(name)
-        words.save_pretrained(name)
+    if name == "untied":
+        save_with_words(tiny(hf.PhiConfig(**sizes, **MIDDLE)), name)
+    # numbers of bf16 have a reference in bf16, if it is not spread; there biases come before weights
+    if name == "bf16":
+        save_with_words(tiny(hf.LlamaConfig(**sizes, **GROUPS, attention_bias=True)).bfloat16(), name)
+    trained(name + "-whole", "--max_steps=4", "--batch_size=7", "--eval_interval=2", *options)
     # several rows a step, so that every process has some
-    options = ["--batch_size=7", "--eval_interval=3", "--micro_tokens=128", *options]
-    trained(name + "-whole", "--max_steps=6", *options)
-    go = on_pairs(name + "-parts", *options)
+    small = "--micro_tokens=128", "--checkpoint_activations=True"
+    go = on_pairs(name + "-parts", "--batch_size=7", "--eval_interval=2", *options)
     for count, steps in parts:
-        codes, (out, *_) = many(count, *go, f"--max_steps={steps}")
-        assert codes == [0] * count and out.count("median speed") == 1, out
-        go = ["--resume=True", f"--out_dir={name}-parts"]
+        codes, (out, *_) = many(count, *go, *small, f"--max_steps={steps}", before=counting_checkpoints)
+        assert codes == [0] * count and out.count("| next: python") == 1, out
+        go = resuming(name + "-parts")
+    # two blocks, in each step and process a pass at least
+    assert os.path.getsize("checkpoints") >= 2 * 4
     if name != "bf16":
         same_run(name + "-whole", name + "-parts", exactly=False)
     else:           # several processes gather norms in bf16, too
-        for x, y in zip(steps_of("bf16-whole"), steps_of("bf16-parts")):
+        for x, y in zip(steps_of("bf16-whole"), steps_of("bf16-parts"), strict=True):
             assert x["loss"] == approx(y["loss"], rel=3e-4) and x["grad_norm"] == approx(y["grad_norm"], rel=1e-3)
-        # and so they sample
-        options = ["--init_from=bf16", "--dtype=bfloat16", "--out_dir=bf16-task", "--max_steps=1", "--max_new_tokens=8"]
-        codes, (out, *_) = many(2, *TASK, *options)
-        first, last = [x for x in log_of("bf16-task") if "eval_reward" in x]
-        assert codes == [0, 0] and first["eval_sample_kl"] == 0 < last["eval_sample_kl"], out
     sample.load_model(name + "-parts")
+
+
+def counting_checkpoints():
+    """before: a file counts the passes through checkpointed blocks."""
+    inner = torch.utils.checkpoint.checkpoint
+
+    def counted(*args, **options):
+        with open("checkpoints", "a") as f:
+            f.write(".")
+        return inner(*args, **options)
+    torch.utils.checkpoint.checkpoint = train.checkpoint = counted
 
 
 def stepping(in_step):
@@ -2614,31 +2331,20 @@ def signal_to_rank_1():
     stepping(lambda n: n == 3 and os.environ["RANK"] == "1" and os.kill(os.getpid(), signal.SIGTERM))
 
 
-def test_a_compiled_run_has_the_same_losses(runs):
-    options = ["--max_steps=6", "--micro_tokens=128"]
-    plain = steps_of(trained("plain", *options))
-    compiled = steps_of(trained("compiled", "--compile=True", *options, before=compile_eagerly))
-    assert [x["loss"] for x in compiled] == approx([x["loss"] for x in plain], rel=1e-4)
-
-
 def test_processes_stop_together_and_go_on(runs):
-    """A signal that one of them gets ends all after the same step, which is saved; they go on compiled, to the task's
-    end, where all sample."""
-    go = [*TASK, "--out_dir=stopped", "--max_steps=100", "--batch_size=8", "--eval_interval=0"]
+    """A signal that one of them gets ends all after the same step, which is saved; they go on to the task's end, where
+    all sample. Blocks gather their weights in bf16, in which all of them have to sample, too."""
+    sizes = dict(SIZES, vocab_size=163, eos_token_id=0)
+    save_with_words(tiny(hf.LlamaConfig(**sizes, **GROUPS)).bfloat16(), "stopping")
+    go = [*TASK, "--init_from=stopping", "--dtype=bfloat16", "--max_new_tokens=8", "--max_prompt_length=8",
+          "--out_dir=stopped", "--max_steps=100", "--batch_size=8", "--eval_interval=0"]
     codes, (out, *_) = many(2, *go, before=signal_to_rank_1)
     assert codes == [128 + signal.SIGTERM] * 2 and "stopped after step 3" in out, out
     assert state_of("stopped")["step"] == 3
-    go = ["--resume=True", "--out_dir=stopped", "--max_steps=5", "--compile=True"]
-    codes, (out, *_) = many(2, *go, before=compile_eagerly)
-    last = log_of("stopped")[-1]
+    codes, (out, *_) = many(2, *resuming("stopped", "--max_steps=5"))
+    first, last = [x for x in log_of("stopped") if "eval_reward" in x]
     assert codes == [0, 0], out
-    assert last["step"] == 5 and last["eval_n"] == 24 and last["eval_sample_kl"] > 0
-
-
-def test_two_processes_show_data_once(runs):
-    codes, outputs = many(2, *on_pairs("many-shown", "--show_data=1"))
-    assert codes == [0, 0] and "".join(outputs).count("tokens in [] carry loss") == 1, outputs
-    assert "Traceback" not in "".join(outputs), outputs
+    assert last["step"] == 5 and last["eval_n"] == 24 and first["eval_sample_kl"] == 0 < last["eval_sample_kl"]
 
 
 def test_an_error_of_one_process_ends_all(runs):
@@ -2649,28 +2355,27 @@ def test_an_error_of_one_process_ends_all(runs):
 def test_torchrun_ends_with_0(runs):
     """TDPO_RUNS=100 for a hundred: a process once aborted at its exit."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE + "/train.py"]
-    command += on_pairs("torchrun", "--max_steps=2", "--eval_interval=0", "--overwrite=True")
+    command += on_pairs("torchrun", "--max_steps=1", "--eval_interval=0", "--overwrite=True")
     for n in range(int(os.environ.get("TDPO_RUNS", 1))):
         done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
-        assert done.returncode == 0 and done.stdout.count("median speed") == 1, done.stdout + done.stderr
+        assert done.returncode == 0 and done.stdout.count("| next: python") == 1, done.stdout + done.stderr
+
+
+def test_a_signal_finishes_the_step_and_saves(runs):
+    run = Run("train.py", *on_pairs("signal", "--max_steps=100000"))
+    run.wait_for(lambda: last_step("signal") >= 3)
+    says(1, "a run is at work in it", "train.py", *on_pairs("signal", "--overwrite=True"))
+    os.kill(run.process.pid, signal.SIGINT)
+    (code, out), step = run.end(), state_of("signal")["step"]
+    assert "stopped after step" in out and "continue: python train.py --resume=True --out_dir=signal\n" in out
+    assert code == 128 + signal.SIGINT and log_of("signal")[-1]["step"] == step >= 3
+    resumed("signal", f"--max_steps={step + 2}")
+    trained("signal-whole", f"--max_steps={step + 2}")
+    same_run("signal-whole", "signal")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # signals and kills
-
-
-@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
-def test_signals_finish_the_step_and_save(runs, number):
-    name = f"signal-{number}"
-    run = Run("train.py", *on_pairs(name, "--max_steps=100000"))
-    run.wait_for(lambda: last_step(name) >= 3)
-    says(1, "a run is at work in it", "train.py", *on_pairs(name, "--overwrite=True"))
-    os.kill(run.process.pid, number)
-    (code, out), step = run.end(), state_of(name)["step"]
-    assert f"stopped after step {step} | continue: python train.py --resume=True --out_dir={name}\n" in out
-    assert code == 128 + number and log_of(name)[-1]["step"] == step >= 3
-    resumed(name, f"--max_steps={step + 2}")
-    same_run(trained(name + "-whole", f"--max_steps={step + 2}"), name)
 
 
 def two_hangups():
@@ -2683,6 +2388,16 @@ def nohup():
     stepping(lambda n: n in (1, 3) and os.kill(os.getpid(), signal.SIGHUP if n == 1 else signal.SIGTERM))
 
 
+def close_the_terminal():
+    """before: a terminal of its own, which is closed in step 3; nothing can be printed afterwards."""
+    os.setsid()
+    terminal, inside = pty.openpty()
+    fcntl.ioctl(inside, termios.TIOCSCTTY)
+    for fd in (0, 1, 2):
+        os.dup2(inside, fd)
+    stepping(lambda n: n == 3 and os.close(terminal))
+
+
 def test_a_hangup_that_comes_twice_saves_and_one_that_is_ignored_does_nothing(runs):
     says(128 + signal.SIGHUP, "stopped after step 1 ", "train.py", *on_pairs("hangup"), before=two_hangups)
     says(128 + signal.SIGTERM, "stopped after step 3 ", "train.py", *on_pairs("nohup"), before=nohup)
@@ -2690,19 +2405,8 @@ def test_a_hangup_that_comes_twice_saves_and_one_that_is_ignored_does_nothing(ru
 
 
 def test_a_terminal_that_is_closed_saves(runs):
-    """A real one, on which nothing can be printed afterwards."""
-    terminal, inside = pty.openpty()
-    os.set_blocking(terminal, False)
-    command = [sys.executable, HERE + "/train.py", *on_pairs("closed", "--max_steps=100000")]
-    run = subprocess.Popen(command, stdin=inside, stdout=inside, stderr=inside, start_new_session=True,
-                           preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY))
-    os.close(inside)
-    while last_step("closed") < 3 and run.poll() is None:
-        time.sleep(0.01)
-        with contextlib.suppress(BlockingIOError):
-            os.read(terminal, 10**6)
-    os.close(terminal)
-    assert run.wait(60) and last_step("closed") == state_of("closed")["step"] >= 3
+    code, _ = Run("train.py", *on_pairs("closed"), before=close_the_terminal).end()
+    assert code and last_step("closed") == state_of("closed")["step"] == 3
 
 
 def one_signal():
@@ -2720,24 +2424,14 @@ def test_a_signal_saves_nothing_broken_and_a_second_one_leaves_at_once(runs):
     assert not glob.glob("signals[12]/state.pt")
 
 
-def test_a_signal_ends_every_process(runs):
-    """While the embedded task trains its SFT model, in a process of its own."""
-    run = Run("train.py", "--out_dir=nobody/run")
-    run.wait_for(lambda: os.path.exists("nobody/reviews-sft-1-new/.lock"))
-    run.process.terminate()
-    assert run.end()[0] == 128 + signal.SIGTERM
-    with open("nobody/reviews-sft-1-new/.lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
 def test_kills_leave_the_last_save(runs):
     """SIGKILL at random moments of a run that saves at every step; every other kill falls into a save."""
-    rng, step, lost = np.random.default_rng(), 0, 0
+    rng, step = np.random.default_rng(), 0
     options = on_pairs("kills", "--max_steps=100000", "--log_interval=1000", "--save_interval=1", "--eval_pairs=2")
 
     def saved():
         return os.path.exists("kills/state.pt") and os.stat("kills/state.pt").st_ino
-    for n in range(int(os.environ.get("TDPO_KILLS", 4))):
+    for n in range(int(os.environ.get("TDPO_KILLS", 3))):
         before, run = saved(), Run("train.py", *options)
         run.wait_for(lambda: saved() != before)
         time.sleep(rng.uniform(0, 0.3))
@@ -2747,19 +2441,10 @@ def test_kills_leave_the_last_save(runs):
         logged = last_step("kills")
         run.process.kill()
         run.end()
-        lost += os.path.exists("kills/.saving")
         state = state_of("kills")
         assert last_step("kills") >= state["step"] >= max(step, logged - 1)
         sample.load_model("kills")
-        step, options = state["step"], ["--resume=True", "--out_dir=kills"]
-    print(f"{lost} kills fell into a save")
-
-
-def test_memory_is_flat(runs):
-    """The peak of a run's memory is reached early. TDPO_STEPS=500 for a closer look."""
-    steps = int(os.environ.get("TDPO_STEPS", 40))
-    peaks = [x["peak_gib"] for x in steps_of(trained("flat", f"--max_steps={steps}", "--eval_interval=0"))]
-    assert peaks[-1] < 1.02 * peaks[steps // 2]
+        step, options = state["step"], resuming("kills")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2768,35 +2453,26 @@ def test_memory_is_flat(runs):
 
 OPTIONS = {     # options: what the message says
     "--methd=dpo": "unknown option --methd; did you mean --method",
-    "--method=tpdo2": "--method: invalid choice: 'tpdo2'",
+    "--method=TDPO2": "--method: invalid choice: 'TDPO2'",
     "--method=dpo --alpha=0.5": "--alpha would be ignored with --method=dpo",
     "--beta=nan": "--beta=nan must be a finite number",
-    "--beta=0": "--beta=0.0 must be greater than 0",
     "--epochs=0": "--epochs=0.0 must be greater than 0",
     "--epochs=1 --max_steps=5": "--epochs and --max_steps contradict each other",
-    "--lr_decay=step": "--lr_decay: invalid choice: 'step'",
     "--batch_size=0": "--batch_size=0 must be at least 1",
     "--alpha=-0.5": "--alpha=-0.5 must not be negative",
-    "--grad_clip=-1": "--grad_clip=-1.0 must not be negative",
-    "--max_steps=-1": "--max_steps=-1 must not be negative",
-    "--learning_rate=-1": "--learning_rate=-1.0 must be greater than 0",
-    "--resume=maybe": "'maybe' is neither True nor False",
+    "--resume=maybe": "argument --resume: ",
     "--resume=True --out_dir=nowhere": "the run in nowhere cannot be continued: [Errno 2] No such file",
     "--resume=True --overwrite=True --out_dir=tdpo2": "contradict each other",
     "--resume=True --out_dir=tdpo2 --alpha=1": "--alpha would change the run in",
-    "--out_dir=tdpo2": "holds another run: --resume=True continues it, --overwrite=True replaces it",
+    "--out_dir=tdpo2": "holds another run",
     "--data=pairs.jsonl --init_from=scratch": "scratch is the untrained model that --data=reviews starts from",
-    "--ref_from=scratch": "scratch is the untrained model that --data=reviews starts from",
     "--init_from=tdpo2 --out_dir=tdpo2 --overwrite=True": "is a model that the run starts from",
 }
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_option_errors(runs, options, capsys):
-    with pytest.raises(SystemExit) as stop:
-        train.configure(options.split())
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and OPTIONS[options] in said and said.count("error:") == 1
+def test_option_errors(runs, options):
+    assert OPTIONS[options] in option_error(train.configure, options.split())
 
 
 def edited_programs(folder, *edits):
@@ -2822,14 +2498,12 @@ def test_every_assignment_among_the_knobs_is_an_option(runs, tmp_path):
     program = edited_programs(tmp_path, ("train.py", "# model\ninit_from", "gamma = 0.5 # é, 5 % of it\n"
                                          + "# " + 100 * "-" + "\ndelta: int = 3\n# model\ninit_from"))
     out = says(0, "usage: python train.py", program, "--help")
-    assert re.search(r"--gamma +é, 5 % of it \[0.5\]\n +--delta +\[3\]\n +--init_from +\S", out), out
+    assert re.search(r"  --gamma +é, 5 % of it \[0.5\]\n", out) and re.search(r"  --delta +\[3\]\n", out), out
     assert all(re.search(rf"^  --{name}\s+\S", out, re.M) for name in train.configure(["--out_dir=x"]))
     says(2, "argument --delta: invalid int value: '0.5'", program, "--gamma=0.25", "--delta=0.5")
-    program = edited_programs(tmp_path, ("train.py", "# model\ninit_from", "a = b = 1\n# model\ninit_from"))
-    says(1, "write one knob a line", program, "--help")
     # an edited default is checked as an option is
-    program = edited_programs(tmp_path, ("train.py", 'truncation = "left"', 'truncation = "Left"'))
-    says(2, "--truncation=Left is not one of left, right", program, *on_pairs("left", "--max_steps=1"))
+    program = edited_programs(tmp_path, ("train.py", 'optimizer = "rmsprop"', 'optimizer = "RMSprop"'))
+    says(2, "--optimizer=RMSprop is not one of rmsprop, adamw", program, *on_pairs("edited", "--max_steps=1"))
 
 
 def test_a_knob_of_the_objective_takes_three_places(runs, tmp_path):
@@ -2839,109 +2513,82 @@ def test_a_knob_of_the_objective_takes_three_places(runs, tmp_path):
         ("tdpo.py", "    loss = -F.logsigmoid(m)", "    loss = -F.logsigmoid(m - gamma)"),
         ("tdpo.py", "loss(method, w, l, beta=0.1, **", "loss(method, w, l, beta=0.1, gamma=0, **"),
         ("train.py", "beta=beta, alpha=alpha)", "beta=beta, alpha=alpha, gamma=gamma)"))
-    for gamma in (0.5, 2):
-        options = on_pairs(f"gamma-{gamma}", f"--gamma={gamma}", "--max_steps=2", "--beta=0.3", "--alpha=0.7")
-        says(0, f"saved gamma-{gamma}", program, *options, before=importing_the_copies)
-        first = log_of(f"gamma-{gamma}")[0]
-        assert first["eval_loss"] == approx(math.log(1 + math.exp(gamma)), abs=1e-6)
-        assert json.load(open(f"gamma-{gamma}/options.json"))["gamma"] == gamma
-        # and the others were handed over, too
-        last = steps_of(f"gamma-{gamma}")[-1]
-        v = last["logratio_w"] - last["logratio_l"] - 0.7 * (last["kl_l"] - last["kl_w"])
-        assert last["margin"] == approx(0.3 * v, rel=1e-3, abs=1e-6) and abs(v) > 1e-4
-    assert "gamma" in text_of(os.path.abspath("gamma-2/tdpo.py"))
+    options = on_pairs("gamma", "--gamma=2", "--max_steps=2", "--beta=0.3", "--alpha=0.7")
+    says(0, "saved gamma", program, *options, before=importing_the_copies)
+    assert log_of("gamma")[0]["eval_loss"] == approx(math.log(1 + math.exp(2)), abs=1e-6)
+    assert json.load(open("gamma/options.json"))["gamma"] == 2 and "gamma" in open("gamma/tdpo.py").read()
+    # and the others were handed over, too
+    last = steps_of("gamma")[-1]
+    v = last["logratio_w"] - last["logratio_l"] - 0.7 * (last["kl_l"] - last["kl_w"])
+    assert last["margin"] == approx(0.3 * v, rel=1e-3, abs=1e-6) and abs(v) > 1e-4
 
 
 @pytest.mark.parametrize("data, name", [
-    ("reviews", "reviews"), ("hh", "hh"), ("some/pairs.jsonl.gz", "pairs"), ("pairs.v2.csv", "pairs.v2"),
-    ("shards/*.jsonl", "shards"), ("shards/train-[0-9]*.parquet", "shards"), ("dir/", "dir"), ("a/dir", "dir"),
-    ("owner/name", "name"), ("./x.json", "x"), ("/", "data"), ("*.jsonl", "mine"),
+    ("reviews", "reviews"), ("some/pairs.jsonl.gz", "pairs"), ("pairs.v2.csv", "pairs.v2"),
+    ("shards/train-[0-9]*.parquet", "shards"), ("dir/", "dir"), ("owner/name", "name"), ("/", "data"),
+    ("*.jsonl", "mine"),
 ])
 def test_a_run_without_a_directory_gets_one_with_the_name_of_its_data(data, name, tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path / "mine")
-    assert train.default_out_dir(data, "tdpo2") == f"out/{name}-tdpo2"
     assert train.configure([f"--data={data}", "--init_from=x"])["out_dir"] == f"out/{name}-tdpo2"
-
-
-def test_cards_are_known_by_their_full_names():
-    peaks = [train.PEAK_FLOPS.get(name) for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H100 NVL",
-                                                     "NVIDIA H100", "NVIDIA GeForce GTX 1080")]
-    assert peaks == [989e12, 756e12, 835e12, None, None]
-
-
-def test_windows_is_refused_in_one_sentence(monkeypatch):
-    monkeypatch.setattr(sys, "platform", "win32")
-    for name in ("fcntl", "resource"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(SystemExit, match="^error: .*Linux and macOS.*WSL$"):
-        runpy.run_path(train.__file__)
 
 
 def test_a_wrong_reward_or_texts_is_found_before_anything_trains(runs):
     for name, data in (("reward", "reviews"), ("texts", "imdb")):
         out = says(1, "error: .*nobody/nothing", "train.py", f"--data={data}", f"--{name}=nobody/nothing",
                    f"--out_dir=no-{name}/run")
-        assert "SFT" not in out
-        assert os.listdir(f"no-{name}") == ["run"] and os.listdir(f"no-{name}/run") == [".lock"]
+        assert "SFT" not in out and os.listdir(f"no-{name}/run") == [".lock"] and os.listdir(f"no-{name}") == ["run"]
 
 
-TWO = [GOOD, GOOD.replace("plot", "music")]
-FILES = [       # (lines of pairs.jsonl, further options, what the message says)
-    ([GOOD, "{broken"], "", "line 2 is not JSON"),
-    ([GOOD], "", "all pairs share one prompt"),
-    (TWO, "--max_length=2 --max_prompt_length=1", "the same within --max_length=2"),
-    ([GOOD] * 300 + ["{"], "--bad_rows=0", "1 bad rows of 301; 1 x .*line 301 is not JSON"),
-    ([GOOD], "--max_length=500", "--max_length=500 is more than the 128 positions"),
-    ([GOOD], "--data=nowhere.jsonl", "cannot read nowhere.jsonl"),
-    ([GOOD], "--init_from=nobody/nothing", "cannot load nobody/nothing.*--data=reviews"),
-    ([GOOD], "--init_from=no-tokenizer", "no-tokenizer"),
-    ([GOOD], "--init_from=remote-code", "cannot load .*/remote-code"),
-    ([GOOD], "--init_from=fewer-rows", "a token that the model does not know: .* of 61"),
-    ([GOOD], "--init_from=translator", r"cannot load .*/translator: .*T5Config'> for this kind of AutoModel: \S+$"),
-    ([GOOD], "--init_from=adapter", "adapter is an adapter, not a whole model: load it on some/base with"),
-    ([GOOD], "--init_from=nan-weights", "nan-weights: its weights are not finite: transformer.wte.weight"),
-    (TWO, "--ref_from=nan-weights", "nan-weights: its weights are not finite: transformer.wte.weight"),
-    (TWO, "--ref_from=other-words", "different vocabularies"),
-    (TWO, "--init_from=neo", r"the policy \(GPTNeoForCausalLM\) cannot be trained "
-     "exactly in packed rows: its layers take no attention function"),
-]
+MODELS = {      # a directory that is no model to train: what the message says
+    "nobody/nothing": "cannot load nobody/nothing.*--data=reviews",
+    "no-tokenizer": "no-tokenizer has no tokenizer|cannot load no-tokenizer",
+    "remote-code": "cannot load remote-code",
+    "translator": r"cannot load translator: .*T5Config'> for this kind of AutoModel: \S+$",
+    "adapter": "adapter is an adapter, not a whole model: load it on some/base with",
+    "nan-weights": "nan-weights: its weights are not finite: transformer.wte.weight",
+    "fewer-tensors": "its weights lack 1 tensors of GPT2LMHeadModel: transformer.ln_f.bias",
+    "other-words": "different vocabularies",
+}
 
 
 @pytest.fixture(scope="session")
 def broken_models(made_once):
+    """Directories of models that cannot be trained, made of sft."""
     with contextlib.chdir(made_once):
-        for name in ("no-tokenizer", "remote-code", "fewer-rows", "other-words", "adapter"):
+        for name in ("no-tokenizer", "remote-code", "other-words", "adapter"):
             shutil.copytree("sft", name)
-        write_lines("adapter/adapter_config.json", ['{"base_model_name_or_path": "some/base"}'])
-        model, tokenizer = sample.load_model("sft")
-        model.transformer.wte.weight.data[3] = math.nan
-        model.save_pretrained("nan-weights")
-        tokenizer.save_pretrained("nan-weights")
         for path in glob.glob("no-tokenizer/tokenizer*"):
             os.remove(path)
-        hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=len(tokenizer), d_model=8, d_kv=4, d_ff=8, num_layers=1,
-                                                  num_heads=2)).save_pretrained("translator")
-        tokenizer.save_pretrained("translator")
-        tiny("gpt2").save_pretrained("fewer-rows")
-        config = copy.deepcopy(OTHERS["gpt_neo"])
-        config.vocab_size = len(tokenizer)
-        tiny(config).save_pretrained("neo")
-        tokenizer.save_pretrained("neo")
+        write_lines("adapter/adapter_config.json", ['{"base_model_name_or_path": "some/base"}'])
         words = open("other-words/tokenizer.json").read()
         write_lines("other-words/tokenizer.json", [words.replace('"acting"', '"singing"')])
         code = dict(model_type="evil", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
         write_lines("remote-code/config.json", [{**json.load(open("sft/config.json")), **code}])
         write_lines("remote-code/evil.py", ["open('ran', 'w')"])
+        model = sample.load_model("sft")[0]
+        model.transformer.wte.weight.data[3] = math.nan
+        save_with_words(model, "nan-weights")
+        weights = model.state_dict()
+        del weights["transformer.ln_f.bias"]
+        save_with_words(model, "fewer-tensors", state_dict=weights)
+        config = hf.T5Config(vocab_size=163, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+        save_with_words(hf.T5ForConditionalGeneration(config), "translator")
 
 
-@pytest.mark.parametrize("lines, options, message", FILES)
-def test_bad_files_and_models(runs, broken_models, lines, options, message):
-    shutil.rmtree("bad", ignore_errors=True)
-    path = write_lines("bad.jsonl", lines)
-    out = says(1, "", "train.py", *on_pairs("bad", f"--data={path}"), *options.split())
-    assert re.search("^error: .*" + message, out.splitlines()[-1]), out
-    assert os.listdir("bad") == [".lock"] and not os.path.exists("ran")
+@pytest.mark.parametrize("name", MODELS)
+def test_models_that_cannot_be_trained_are_refused(runs, broken_models, words, name):
+    with pytest.raises(SystemExit, match="^error: .*" + MODELS[name]):
+        sample.load_reference(name, words)
+    assert not os.path.exists("ran")
+
+
+def test_an_error_is_one_sentence_and_writes_nothing(runs):
+    path = write_lines("one-prompt.jsonl", [GOOD, GOOD])
+    out = says(1, "", "train.py", *on_pairs("one-prompt", f"--data={path}"))
+    assert out.splitlines()[-1].startswith("error: all pairs share one prompt")
+    assert os.listdir("one-prompt") == [".lock"]
 
 
 TEXTS = ("\ud800", "\0\x1b[2J", "", " ", None, 1, [], {}, [None], [{}], [dict(role=1, content=[1])])
@@ -2958,24 +2605,10 @@ def test_odd_rows_never_end_in_a_traceback(tmp_path):
     assert examples[-1].where.endswith(f"line {len(ODD) + 1}") and counts["read"] == len(ODD) + 1
 
 
-def test_a_start_in_bf16_is_resumed_with_any_number_of_processes(runs):
-    """Weights that bf16 holds exactly are kept in it by one process, but not by two."""
-    model, tokenizer = sample.load_model("sft")
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(p.bfloat16())
-    model.save_pretrained("rounded")
-    tokenizer.save_pretrained("rounded")
-    trained("from-rounded", "--init_from=rounded", "--dtype=bfloat16", "--max_steps=1")
-    codes, outs = many(2, "--resume=True", "--out_dir=from-rounded", "--max_steps=2")
-    assert codes == [0, 0] and "saved from-rounded" in outs[0], outs[0]
-
-
 def test_the_command_after_sft_holds_out_the_same_prompts(runs):
-    options = ["--method=sft", "--seed=2", "--eval_pairs=3", "--max_steps=1"]
-    out = says(0, "saved a b", "train.py", *on_pairs("a b", *options))
+    out = trained("a b", "--method=sft", "--seed=2", "--eval_pairs=3", "--max_steps=1")
     command = re.search("next: python train.py (.*)", out)[1]
-    says(0, "saved after", "train.py", *on_pairs("after", *shlex.split(command), "--max_steps=1"))
+    trained("after", *shlex.split(command), "--max_steps=1")
     assert held_prompts_of("a b") == held_prompts_of("after") and "--seed=2" in command
 
 
@@ -2994,30 +2627,20 @@ def test_paths_below_a_folder_with_brackets_are_found(tmp_path, monkeypatch):
 
 
 def test_prompts_that_were_cut_are_not_sampled_whole(runs):
-    rows = [dict(prompt="the plot was " * (n % 2 * 9 + 1) + str(n), chosen=" wonderful", rejected=" annoying")
-            for n in range(80)]
+    """They would be other prompts than those of the run. One that is too long stops nothing."""
+    rows = [pair_of("the plot was " * (n % 2 * 9 + 1) + str(n), " wonderful", " annoying") for n in range(80)]
+    rows[1]["prompt"] += " the" * 200
     write_lines("cut.jsonl", rows)
-    out = says(0, "held-out prompts were cut, and are not in prompts.jsonl", "train.py",
-               *on_pairs("cut", "--data=cut.jsonl", "--max_length=20", "--max_prompt_length=16", "--max_steps=1"))
-    kept, left = held_prompts_of("cut"), int(re.search(r"note: (\d+) held-out", out)[1])
+    out = trained("cut", "--data=cut.jsonl", "--max_length=20", "--max_prompt_length=16", "--max_steps=1")
+    kept, left = held_prompts_of("cut"), int(re.search(r"note: (\d+) held-out prompts were cut", out)[1])
     held = [row["prompt"] for row in rows if places([row["prompt"]])[0] < 0.1]
     assert kept == {x for x in held if len(x.split()) < 16} and left == len(held) - len(kept) > 0
 
 
 def test_a_loss_that_is_not_finite_stops_and_saves_nothing(runs):
-    common = ["--learning_rate=1e18", "--warmup_steps=0", "--batch_size=4", "--overwrite=True"]
-    for steps, said in ((5, r"the loss \(nan\) .* of step 2 is not finite.*pairs: /.*/pairs.jsonl line \d+"),
-                        (1, "the held-out loss after step 1 is nan")):
-        says(1, "error: " + said, "train.py", *on_pairs("nan", f"--max_steps={steps}", *common))
-        assert not os.path.exists("nan/state.pt")
-
-
-def test_a_reference_in_low_precision_is_said(runs):
-    model, tokenizer = sample.load_model("sft")
-    model.to(torch.bfloat16).save_pretrained("low")
-    tokenizer.save_pretrained("low")
-    says(0, r"warning: before the first step the KL from the reference is \S+ nats, not 0", "train.py",
-         *on_pairs("low-ref", "--max_steps=1", "--ref_from=low"))
+    said = r"error: the loss \(nan\) .* of step 2 is not finite.*pairs: /.*/pairs.jsonl line \d+"
+    says(1, said, "train.py", *on_pairs("nan", "--learning_rate=1e18", "--warmup_steps=0", "--max_steps=5"))
+    assert not os.path.exists("nan/state.pt")
 
 
 def chat_model(name, template=CHAT, **config):
@@ -3026,8 +2649,7 @@ def chat_model(name, template=CHAT, **config):
     config = {**GPT, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, **config}
     tiny(hf.GPT2Config(**config)).save_pretrained(name)
     tokenizer.save_pretrained(name)
-    rows = [dict(prompt=turns(f"q{n}"), chosen=answer("yes"), rejected=answer("no")) for n in range(8)]
-    return write_lines(name + ".jsonl", rows)
+    return write_lines(name + ".jsonl", [chat_of(f"q{n}", "yes", "no") for n in range(8)])
 
 
 def yesterday():
@@ -3052,108 +2674,104 @@ def test_a_reference_with_padding_is_compared_over_common_rows(runs):
     """Against plain forward passes; the policy has 110 rows of embeddings, the reference 120."""
     data = chat_model("rows110", vocab_size=110)
     chat_model("rows120", vocab_size=120)
-    log = log_of(trained("padded", f"--data={data}", "--init_from=rows110", "--ref_from=rows120", "--max_steps=1",
-                         f"--eval_data={data}"))
+    trained("padded", f"--data={data}", f"--eval_data={data}", "--init_from=rows110", "--ref_from=rows120",
+            "--max_steps=1")
     (model, tokenizer), (ref, _), kls = sample.load_model("rows110"), sample.load_model("rows120"), []
     for n in range(8):
         prompt = ASKED.replace("q", f"q{n}")
         ids = tokenizer(prompt + "no<end>", add_special_tokens=False, return_tensors="pt")["input_ids"]
         p, q = (m(ids).logits[0, -4:-1, :110].double().log_softmax(-1) for m in (model, ref))
         kls.append((q.exp() * (q - p)).sum().item())
-    assert log[0]["eval_kl_l"] == approx(np.mean(kls), rel=1e-4) and np.mean(kls) > 1e-3
-    says(0, "over 1 prompts", "sample.py", "--model=rows110", "--ref=rows120", "--prompt=q", "--out=x.jsonl")
+    assert log_of("padded")[0]["eval_kl_l"] == approx(np.mean(kls), rel=1e-4) and np.mean(kls) > 1e-3
+    assert sample.measure(model, ref, [[5, 6]], [[7, 8]])[0]["kl"].shape == (2,)
 
 
 def test_splits_of_a_data_set_are_trained_on_and_held_out(runs, sources):
+    """The held-out split has no configuration of its own."""
     folder, _ = sources
     chat_model("letters")
-    options = on_pairs("split-run", f"--data={folder}/dict", "--init_from=letters", "--max_steps=1",
-                       "--data_split=other", "--eval_split=train")
-    out = says(0, "saved split-run", "train.py", *options)
+    options = ["--init_from=letters", "--max_steps=1"]
+    out = trained("split-run", f"--data={folder}/dict", "--data_split=other", "--eval_split=train", *options)
     assert "held out: 5 read = 5 evaluated + 0 beyond --eval_pairs + 0 left out" in out
     assert "data: 5 pairs read = 5 to train on + 0 held out + 0 left out" in out
+    assert "warning: 5 of 5 held-out prompts are also trained on\n" in out
+    data = f"--data={folder}/configs", "--data_config=two", f"--eval_data={folder}/a.jsonl"
+    assert "held out: 5 read" in trained("configured", *data, *options)
 
 
 def test_what_a_run_does_not_do_is_said(runs):
     config = hf.MixtralConfig(**dict(SIZES, vocab_size=163), **GROUPS, num_local_experts=2)
-    tiny(config).save_pretrained("experts")
-    AutoTokenizer.from_pretrained("sft").save_pretrained("experts")
-    options = on_pairs("said", "--init_from=experts", "--batch_size=60", "--max_steps=2", "--warmup_steps=20")
-    out = says(0, "saved said", "train.py", *options)
+    save_with_words(tiny(config), "experts")
+    out = trained("said", "--init_from=experts", "--batch_size=60", "--max_steps=2", "--warmup_steps=20")
     assert "--warmup_steps=20 is more than the 2 steps: the learning rate gets no higher than 1e-05 of 0.0001" in out
     assert "the loss that balances this model's experts (router_aux_loss_coef) is not part" in out
+    assert "what is saved needs transformers 5" in out and "held-out prompts are also" not in out
     held = sum(place < 0.1 for place in places([row["prompt"] for row in lines_of("pairs.jsonl")]))
     assert f"data: 60 pairs read = {60 - held} to train on + {held} held out + 0 left out\n" in out
 
 
 def test_show_data_prints_what_the_model_sees(runs):
+    """Once, with any number of processes."""
     data = chat_model("shown")
-    out = says(0, "most", "train.py", *on_pairs("shown-run", f"--data={data}", "--init_from=shown", "--show_data=2"))
+    codes, outs = many(2, *on_pairs("shown-run", f"--data={data}", "--init_from=shown", "--show_data=2"))
+    out = "".join(outs)
+    assert codes == [0, 0] and "Traceback" not in out, out
     assert out.count("\n  rejected |[n][o][<end>]\n") == 2 and "  chosen   |[y][e][s][<end>]\n" in out
     assert re.search(r"  prompt   \|<s><im>user\\nq\d<end>\\n<im>assistant\\n\n", out)
     assert re.search(r"chosen +4 +4 +4 +4\n", out) and os.listdir("shown-run") == [".lock"]
 
 
-def test_sample_needs_no_eos_and_says_what_it_does_with_a_prompt(runs, broken_models):
+def test_sample_needs_no_eos_and_says_what_it_does_with_a_prompt(runs):
     chat_model("no-eos", eos_token_id=None)
-    tokenizer = spelled(eos=None, bos="<s>", template=CHAT)
-    tokenizer.save_pretrained("no-eos")
-    run = ["sample.py", "--model=no-eos", "--max_new_tokens=4", "--out=no-eos.jsonl"]
-    says(0, "note: prompts that are text are used as they are; --chat", *run, "--prompt=q")
+    spelled(eos=None, bos="<s>", template=CHAT).save_pretrained("no-eos")
+    run = ["sample.py", "--model=no-eos", "--max_new_tokens=4", "--out=no-eos.jsonl", "--prompt=q"]
+    says(0, "note: prompts that are text are used as they are; --chat", *run)
     assert lines_of("no-eos.jsonl")[0]["tokens"] == 4
-    assert "note" not in says(0, "over 1 prompts", *run, "--prompt=q", "--chat")
+    assert "note" not in says(0, "over 1 prompts", *run, "--chat")
     assert lines_of("no-eos.jsonl")[0]["prompt"] == ASKED
-    write_lines("odd-prompts.jsonl", [dict(prompt="\ud800")])
-    write_lines("human.jsonl", [dict(prompt=[dict(role="human", content="q")])])
-    says(1, "error: odd-prompts.jsonl line 1 ", *run, "--prompts=odd-prompts.jsonl")
-    says(1, "error: human.jsonl line 1 has a message of the role 'human'", *run, "--prompts=human.jsonl")
-    says(1, "no chat template", "sample.py", "--model=sft", "--prompt=q", "--chat", "--out=x.jsonl")
-    says(1, "weights are not finite", "sample.py", "--model=nan-weights", "--prompt=q", "--out=x.jsonl")
 
 
-def test_output_is_created_when_it_is_written_and_not_before(runs, broken_models):
+def test_output_is_created_when_it_is_written_and_not_before(runs):
     write_lines("broken.jsonl", ["{"])
     write_lines("mine.jsonl", ["mine"])
-    for code, said, *options in (
-        (1, "cannot read broken.jsonl, line 1", "--model=tdpo2", "--prompts=broken.jsonl"),
-        (1, "not finite", "--model=nan-weights", "--prompt=q"),
-        (2, "top_p", "--model=tdpo2", "--prompt=q", "--top_p=0"),
-    ):
-        for out in ("new/folder/x.jsonl", "mine.jsonl"):
-            says(code, said, "sample.py", *options, f"--out={out}")
-    assert not os.path.exists("new") and text_of(os.path.abspath("mine.jsonl")) == "mine\n"
-    for out in (".", "tdpo2/", "new/", "mine.jsonl/x"):
-        says(2, "choose a different --out", "sample.py", "--model=tdpo2", f"--out={out}")
+    for out in ("new/folder/x.jsonl", "mine.jsonl"):
+        says(1, "cannot read broken.jsonl, line 1", "sample.py", "--model=tdpo2", "--prompts=broken.jsonl",
+             f"--out={out}")
+    assert not os.path.exists("new/folder/x.jsonl") and open("mine.jsonl").read() == "mine\n"
+    for out in (".", "new/", "mine.jsonl/x", "/proc/x/y"):
+        assert "choose a different --out" in option_error(sample.writable, argparse.ArgumentParser(), out)
     says(0, "wrote new/folder/x.jsonl", "sample.py", "--model=tdpo2", "--num_prompts=1", "--out=new/folder/x.jsonl")
     assert len(lines_of("new/folder/x.jsonl")) == 2
+    # not even root makes directories there
+    says(1, "error: .*/proc/x", "train.py", "--out_dir=/proc/x")
 
 
-def without_locks(number):
+def without_locks():
     """before: no file can be locked, as on some network file systems."""
-    def flock(*args):
-        raise OSError(number, os.strerror(number))
-    fcntl.flock = flock
+    fcntl.flock = mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available"))
 
 
-@pytest.mark.parametrize("name", ("ENOSYS", "EOPNOTSUPP", "ENOLCK", "EIO"))
-def test_file_systems_without_locks_are_said_and_trained_on(runs, name):
-    number = getattr(errno, name)
-    says(0, rf"note: the file system has no locks \(\[Errno {number}\][\s\S]*\nsaved lockless", "train.py",
-         *on_pairs("lockless", "--max_steps=1", "--overwrite=True"), before=functools.partial(without_locks, number))
+def test_file_systems_without_locks_are_said_and_trained_on(runs):
+    said = r"note: the file system has no locks \(\[Errno \d+\] No locks[\s\S]*\nsaved lockless"
+    says(0, said, "train.py", *on_pairs("lockless", "--max_steps=1"), before=without_locks)
 
 
 WANDB = """
 import os, types
+def record(line):
+    with open("wandb.txt", "a") as f:
+        f.write(line + "\\n")
 def init(id=None, resume=None, config=None, dir=None, **others):
     assert resume == "allow" and config["wandb_log"]
-    with open("wandb.txt", "a") as f: f.write(f"init {id} {os.path.exists(os.path.join(dir, 'options.json'))}\\n")
-    if os.environ["FAILS"] == "init": raise RuntimeError("No API key\\nconfigured")
+    record(f"init {id} {os.path.exists(os.path.join(dir, 'options.json'))}")
+    if os.environ["FAILS"] == "init":
+        raise RuntimeError("No API key\\nconfigured")
     return types.SimpleNamespace(id=id or "a1")
-def log(record, step=None):
-    with open("wandb.txt", "a") as f: f.write(f"log {step} {len(record) > 3}\\n")
-    if os.environ["FAILS"] == "log": raise RuntimeError("no connection")
-def finish():
-    if os.environ["FAILS"] == "log": raise RuntimeError("no connection")
+def log(columns, step=None):
+    record(f"log {step} {len(columns) > 3}")
+    if os.environ["FAILS"] == "log":
+        raise RuntimeError("no connection")
+finish = lambda: log({})
 """
 
 
@@ -3170,32 +2788,22 @@ def test_a_resumed_run_goes_on_at_wandb_and_failures_cost_no_training(runs):
         lines = open("wandb.txt").read().splitlines()
         os.remove("wandb.txt")
         return lines
-    with_wandb = dict(before=importing_wandb, environ=dict(FAILS=""))
-    trained("wandb-run", "--wandb_log=True", "--max_steps=1", **with_wandb)
+    works, fails_at_log = (dict(before=importing_wandb, environ=dict(FAILS=x)) for x in ("", "log"))
+    trained("wandb-run", "--wandb_log=True", "--max_steps=1", **works)
     assert calls() == ["init None False", "log 0 True", "log 1 True", "log 1 True"]
     # a run that goes on without it keeps its id all the same
-    resumed("wandb-run", "--wandb_log=False", "--max_steps=2", **with_wandb)
-    resumed("wandb-run", "--wandb_log=True", "--max_steps=3", **with_wandb)
+    resumed("wandb-run", "--wandb_log=False", "--max_steps=2", **works)
+    resumed("wandb-run", "--wandb_log=True", "--max_steps=3", **works)
     assert calls() == ["init a1 True", "log 3 True", "log 3 True"]
     says(1, "error: --wandb_log=True: No API key configured\n$", "train.py", *on_pairs("wandb-b", "--wandb_log=True"),
          before=importing_wandb, environ=dict(FAILS="init"))
-    assert calls() == ["init None False"] and os.listdir("wandb-b") == [".lock"]
-    says(0, "warning: wandb.log failed: no connection\n[\\s\\S]*saved wandb-b", "train.py", *on_pairs(
-        "wandb-b", "--wandb_log=True", "--max_steps=1"), before=importing_wandb, environ=dict(FAILS="log"))
-    codes, outs = many(2, *on_pairs("wandb-two", "--wandb_log=True", "--max_steps=1"), before=importing_wandb,
-                       environ=dict(FAILS="log"))
-    assert codes == [0, 0], outs
-
-
-def test_a_directory_that_cannot_be_written_is_said(runs):
-    # not even root makes directories there
-    says(1, "error: .*/proc/x", "train.py", "--out_dir=/proc/x")
-    says(2, "error: .*/proc/x", "sample.py", "--model=tdpo2", "--out=/proc/x/y")
-    says(2, "error: .*/proc/x", "eval_imdb.py", "--runs=tdpo2", "--out=/proc/x/y")
+    assert os.listdir("wandb-b") == [".lock"]
+    codes, outs = many(2, *on_pairs("wandb-two", "--wandb_log=True", "--max_steps=1"), **fails_at_log)
+    assert codes == [0, 0] and "warning: wandb.log failed: no connection\n" in outs[0], outs
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# README and assets: examples run as they stand, options exist, tables are those of the data
+# README: its examples run as they stand, and its options exist
 
 
 def block(containing):
@@ -3207,7 +2815,9 @@ def test_the_plain_loop_of_the_readme(runs):
     """Also with the fused form in its place."""
     examples, _ = read("pairs.jsonl", sample.load_model("sft")[1], max_length=64)
     pairs = [example[2:5] for example in examples]
-    loop, weights = block("for pairs in batches"), []
+    # here the policy does not start at its reference
+    loop = block("for pairs in batches").replace("ref = copy.deepcopy(model).requires_grad_(False)", "")
+    weights = []
     exec(block("def fused_loss"), fused := dict(torch=torch))
     line = re.search(r"losses, stats = .*", loop)[0]
     for form in (line, "losses, stats = fused_loss(model, ref, ids, labels)"):
@@ -3216,8 +2826,8 @@ def test_the_plain_loop_of_the_readme(runs):
         scope = dict(fused, model=model, ref=ref, batches=[pairs[:8], pairs[8:12]], print=lambda *x: seen.append(x))
         exec(loop.replace(line, form), scope)
         assert scope["stats"]["loss"].shape == (4,) and len(seen) == 2 and seen[0][-1] == approx(expected, rel=1e-5)
-        assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
-        weights.append([*model.parameters()])
+        weights.append(list(model.parameters()))
+        assert not all(map(torch.equal, before, weights[-1]))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*weights))
 
 
@@ -3260,26 +2870,21 @@ def test_the_trl_subclass_of_the_readme(runs):
     pytest.importorskip("trl")
     trainer = trl_trainer()
     batch, examples = trl_examples(trainer)
-    with torch.no_grad():
-        loss = trainer._compute_loss(trainer.model, batch, False).item()
-    model, ref = sample.load_model("tdpo2")[0], trainer.ref_model
-    expected, _ = own_loss(model, sample.load_model("sft")[0], examples)
-    assert loss == approx(expected.item(), rel=1e-5)
+    model, ref = sample.load_model("tdpo2")[0], sample.load_model("sft")[0]
+    expected, _ = own_loss(model, ref, examples)
+    assert trainer._compute_loss(trainer.model, batch, False).item() == approx(expected.item(), rel=1e-5)
     expected.backward()
-    gradients = trl_gradients()
-    for name, p in model.named_parameters():
-        assert torch.allclose(gradients[name], p.grad, atol=1e-6), name
-
     # half of the pairs at a time is the same step
-    halves = trl_gradients(per_device_train_batch_size=4, gradient_accumulation_steps=2)
-    assert all(torch.allclose(halves[name], x, atol=1e-6) for name, x in gradients.items())
+    whole, halves = trl_gradients(), trl_gradients(per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    for name, p in model.named_parameters():
+        assert torch.allclose(whole[name], p.grad, atol=1e-6) and torch.allclose(halves[name], p.grad, atol=1e-6), name
 
     # what it cannot do is said
-    for name, value in (("is_fsdp_enabled", True), ("is_deepspeed_enabled", True), ("precompute_ref_logps", True)):
-        with mock.patch.object(trainer, name, value), pytest.raises(ValueError, match="leave out FSDP, DeepSpeed and"):
+    for name in ("is_fsdp_enabled", "is_deepspeed_enabled", "precompute_ref_logps"):
+        with mock.patch.object(trainer, name, True), pytest.raises(ValueError, match="leave out FSDP, DeepSpeed and"):
             trainer._compute_loss(trainer.model, batch, False)
-    model = tiny(hf.GraniteConfig(**{**SIZES, "vocab_size": len(model.lm_head.weight)}, **MIDDLE, logits_scaling=1.01))
-    with mock.patch.object(trainer, "ref_model", model), pytest.raises(ValueError, match="this model's logits are not"):
+    scaled = tiny(hf.GraniteConfig(**dict(SIZES, vocab_size=163), **MIDDLE, logits_scaling=1.01))
+    with mock.patch.object(trainer, "ref_model", scaled), pytest.raises(ValueError, match="model's logits are not"):
         trainer._compute_loss(trainer.model, batch, False)
 
 
@@ -3291,46 +2896,30 @@ def test_the_trl_subclass_trains_adapters(runs):
     fresh = dict(model="tdpo2", peft_config=config)
     trainer = trl_trainer(fresh)
     batch, examples = trl_examples(trainer)
-    with torch.no_grad():
-        loss = trainer._compute_loss(trainer.model, batch, False).item()
+    loss = trainer._compute_loss(trainer.model, batch, False).item()
     merged = copy.deepcopy(trainer.model).merge_and_unload()
     assert loss == approx(own_loss(merged, sample.load_model("tdpo2")[0], examples)[0].item(), rel=1e-5)
     assert abs(loss - math.log(2)) > 1e-3 and all("lora" in name for name in trl_gradients(fresh))
-
     trainer = trl_trainer(dict(model=peft.get_peft_model(AutoModelForCausalLM.from_pretrained("tdpo2"), config)))
     assert trainer._compute_loss(trainer.model, batch, False).item() == approx(math.log(2), rel=1e-6)
 
 
-def trl_models(name):
-    """A policy that lies in a folder, and the same one with noise as its reference."""
-    ref = AutoModelForCausalLM.from_pretrained(name)
-    torch.manual_seed(0)
-    for p in ref.parameters():
-        p.data += 0.02 * torch.randn_like(p)
-    return dict(model=name, ref_model=ref)
-
-
 def trl_process():
     """One process of two: half of the step's pairs."""
-    for name in ("tdpo2", "untied"):
-        gradients = trl_gradients(trl_models(name), per_device_train_batch_size=4)
-        if os.environ["RANK"] == "0":
-            torch.save(gradients, name + ".gradients")
+    gradients = trl_gradients(per_device_train_batch_size=4)
+    if os.environ["RANK"] == "0":
+        torch.save(gradients, "trl.gradients")
 
 
 def test_the_trl_subclass_in_two_processes(runs):
-    """DDP gives the gradients of one process, whether or not the output layer is the input's."""
+    """DDP gives the gradients of one process."""
     pytest.importorskip("trl")
-    vocabulary = len(sample.load_model("tdpo2")[1])
-    tiny(hf.LlamaConfig(**{**SIZES, "vocab_size": vocabulary}, **GROUPS, tie_word_embeddings=False)).save_pretrained(
-        "untied")
     write_lines("trl_process.py", ["import test_tdpo", "test_tdpo.trl_process()"])
     codes, outs = many(2, name=os.path.abspath("trl_process.py"), environ=dict(ACCELERATE_USE_CPU="true"))
     assert codes == [0, 0], outs
-    for name in ("tdpo2", "untied"):
-        found, expected = torch.load(name + ".gradients"), trl_gradients(trl_models(name))
-        assert list(found) == list(expected)
-        assert all(torch.allclose(found[key], x, atol=1e-6) for key, x in expected.items()), name
+    found, expected = torch.load("trl.gradients"), trl_gradients()
+    assert list(found) == list(expected)
+    assert all(torch.allclose(found[name], x, atol=1e-6) for name, x in expected.items())
 
 
 def test_readme_names_options_that_exist():
