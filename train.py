@@ -12,7 +12,7 @@ Paper: Token-level Direct Preference Optimization, Zeng et al., ICML 2024, arXiv
 # Memory on a CPU has to be set up before torch is loaded. Large buffers get huge pages. The two caches of matrix
 # kernels (oneDNN's and torch's own) are small, because every row length compiles kernels of its own. glibc keeps the
 # buffers that are freed, because fresh pages at every step would cost a third of the embedded task's time. Only buffers
-# of 32 MiB and more, such as logits, go back to the system: smaller ones would be put into the holes that they leave,
+# of 16 MiB and more, such as logits, go back to the system: smaller ones would be put into the holes that they leave,
 # break these up, and the heap would grow.
 import ctypes
 import os
@@ -22,7 +22,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
 if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
     ctypes.CDLL(None).mallopt(-1, 2**31 - 1)        # M_TRIM_THRESHOLD
-    ctypes.CDLL(None).mallopt(-3, 2**25)            # M_MMAP_THRESHOLD
+    ctypes.CDLL(None).mallopt(-3, 2**24)            # M_MMAP_THRESHOLD
 if sys.platform == "win32":
     sys.exit("error: train.py runs on Linux and macOS; on Windows use WSL")
 
