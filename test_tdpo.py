@@ -401,6 +401,12 @@ def test_fused_refuses_a_second_derivative_and_disordered_pairs():
             tdpo.fused_tdpo_loss(*case[:5], pair, case[6])
 
 
+def test_a_knob_that_is_no_number_is_refused_before_chunks_mix_the_pairs(monkeypatch):
+    monkeypatch.setattr(tdpo, "CHUNK_BYTES", 1)
+    with pytest.raises(RuntimeError):
+        tdpo.fused_tdpo_loss(*fused_case(pairs=5), beta=torch.linspace(0.1, 0.5, 5))
+
+
 @pytest.mark.parametrize("side", (True, False))
 def test_pairs_that_lack_a_response_are_refused_in_both_forms(side):
     """The first, a middle one and the last pair."""
@@ -2424,6 +2430,14 @@ def test_a_signal_saves_nothing_broken_and_a_second_one_leaves_at_once(runs):
     assert not glob.glob("signals[12]/state.pt")
 
 
+def test_memory_is_flat(runs):
+    """The peak of a run's memory is reached early. TDPO_STEPS=500 for a closer look."""
+    steps = int(os.environ.get("TDPO_STEPS", 40))
+    trained("flat", f"--max_steps={steps}", "--eval_interval=0")
+    peaks = [x["peak_gib"] for x in steps_of("flat")]
+    assert peaks[-1] < 1.02 * peaks[steps // 2]
+
+
 def test_kills_leave_the_last_save(runs):
     """SIGKILL at random moments of a run that saves at every step; every other kill falls into a save."""
     rng, step = np.random.default_rng(), 0
@@ -2872,7 +2886,11 @@ def test_the_trl_subclass_of_the_readme(runs):
     batch, examples = trl_examples(trainer)
     model, ref = sample.load_model("tdpo2")[0], sample.load_model("sft")[0]
     expected, _ = own_loss(model, ref, examples)
-    assert trainer._compute_loss(trainer.model, batch, False).item() == approx(expected.item(), rel=1e-5)
+    loss, stats = trainer._compute_loss(trainer.model, batch, True)
+    assert loss.item() == approx(expected.item(), rel=1e-5)
+    logged = trainer._metrics["train" if trainer.model.training else "eval"]
+    for name in ("kl_w", "kl_l"):
+        assert logged[name] == [approx(stats[name].mean().item())]
     expected.backward()
     # half of the pairs at a time is the same step
     whole, halves = trl_gradients(), trl_gradients(per_device_train_batch_size=4, gradient_accumulation_steps=2)
