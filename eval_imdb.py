@@ -399,6 +399,7 @@ if __name__ == "__main__":
     parser.add_argument("--runs", required=True, help="directories of train.py, commas between; * and ? match")
     parser.add_argument("--score", default="", help="models (directories or hub ids, commas between) to score anew, on "
                         "the prefixes of the first run, with its reward and against its reference")
+    parser.add_argument("--reward", default="", help="reward of --score, if it is not that of the first run")
     parser.add_argument("--device", default=DEVICES[0], choices=DEVICES, help="device of --score (%(default)s)")
     parser.add_argument("--out", default="out/frontier.png", help="file of the figure (out/frontier.png)")
     args = parse(parser)
@@ -424,7 +425,7 @@ if __name__ == "__main__":
         if run["data"] not in TASKS or run["method"] == "sft":
             parser.error(f"--score takes prefixes, reward and reference from the first of --runs, but {first} has none")
         policies = {path: load_model(path, args.device) for path in scored}
-        score = load_reward(run["reward"], args.device)
+        score = load_reward(args.reward or run["reward"], args.device)
         texts = load_texts(run["data"], run["texts"])
     for path in scored:
         model, tokenizer = policies[path]

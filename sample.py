@@ -15,6 +15,7 @@ import functools
 import json
 import os
 import sys
+import tempfile
 
 import numpy as np
 import torch
@@ -43,13 +44,13 @@ if hasattr(sys.stdout, "reconfigure"):
 
 
 def explain(kind, error, trace):
-    """One sentence in place of a traceback if the disk is full or broken, or a GPU's memory is full."""
+    """One sentence in place of a traceback if the disk is full or broken, or if train.py has filled a GPU's memory."""
     if kind is OSError and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
         print(f"error: {error}: make room. A run's last checkpoint is whole; continue with --resume=True",
               file=sys.stderr)
-    elif kind is torch.OutOfMemoryError:
-        print(f"error: {error} These options of train.py take less memory: --checkpoint_activations=True, a smaller "
-              "--micro_tokens or --max_length, --lora_rank=16, or more processes (torchrun)", file=sys.stderr)
+    elif kind is torch.OutOfMemoryError and os.path.basename(sys.argv[0]) == "train.py":
+        print(f"error: {error}. These options take less memory: --checkpoint_activations=True, a smaller --micro_tokens "
+              "or --max_length, --lora_rank=16, or more processes (torchrun)", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -76,27 +77,37 @@ def parse(parser, argv=None):
 
 
 def writable(parser, path, option="--out"):
-    """The path, if a file can be written there, so that an error comes before the work. Its folder is made if it is
-    missing, but the file is not created."""
-    folder = os.path.dirname(path) or "."
+    """The path, if a file can be written there, so that an error comes before the work. It is not created."""
+    target = os.path.realpath(path)
+    # up to a folder that exists; `create` makes the others
+    folder = os.path.dirname(target)
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
     try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
+        if os.path.exists(target) or not os.path.basename(path):
+            open(path, "ab").close()
+        else:
+            tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, ValueError) as error:
         parser.error(f"{path} cannot be written ({error}); choose a different {option}")
-    target = path if os.path.exists(path) else folder
-    if os.path.isdir(path) or not os.access(target, os.W_OK):
-        parser.error(f"{path} cannot be written; choose a different {option}")
     return path
+
+
+def create(path):
+    """A new file, open for writing text, in a folder that is made if it is missing."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    return open(path, "w", encoding="utf-8")
 
 
 def write_lines(path, rows):
     """Write each of the rows as a line of JSON."""
-    with open(path, "w", encoding="utf-8") as f:
+    with create(path) as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def reason_of(error):
-    """What the innermost error says, on one line: datasets wraps the errors of its readers in others."""
+    """What the innermost error says, on one line: datasets wraps the errors of its readers in others. It may go on with
+    examples of code, which are left out."""
     while error.__cause__:
         error = error.__cause__
     return str(error).split("\nExample")[0].replace("\n", " ")

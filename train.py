@@ -92,7 +92,7 @@ eval_pairs = 512            # largest number of held-out pairs that are evaluate
 bad_rows = 0.01             # largest share of rows that may be left out as unusable; 0 allows none
 show_data = 0               # print this many rows as the model will see them, and exit
 max_length = 512            # tokens of a prompt and one response
-max_prompt_length = 256     # tokens that a prompt is cut to, at its beginning, if max_length is exceeded
+max_prompt_length = 256     # if max_length is exceeded, a prompt keeps its last tokens, up to this many
 # model
 init_from = ""              # start of the policy: a directory or hub id; scratch is the embedded task's tiny GPT-2
 ref_from = ""               # reference; default: a frozen copy of init_from
@@ -185,6 +185,10 @@ def read_knobs():
     return knobs
 
 
+def true_or_false(text):
+    return {"True": True, "False": False}.get(text, text)
+
+
 def knob_values():
     return {name: globals()[name] for name in read_knobs()}
 
@@ -216,7 +220,7 @@ def configure(argv):
             sections[section] = parser.add_argument_group(section)
         kind, choices = type(defaults[name]), CHOICES.get(name)
         if kind is bool:
-            kind, choices = {"True": True, "False": False}.get, (True, False)
+            kind, choices = true_or_false, (True, False)
         help_text = f"{comment} [{defaults[name]}]".removesuffix(" []").replace("%", "%%")
         sections[section].add_argument("--" + name, type=kind, choices=choices, metavar="", default=argparse.SUPPRESS,
                                        help=help_text)
@@ -235,9 +239,12 @@ def configure(argv):
     if c.resume:
         try:
             with open(os.path.join(folder, "options.json"), encoding="utf-8") as f:
-                base = {**defaults, **json.load(f)}
+                base = json.load(f)
             os.stat(os.path.join(folder, "state.pt"))
-        except (OSError, ValueError, TypeError) as error:
+            for name in base.keys() | defaults.keys():
+                if type(base.get(name)) is not type(defaults.get(name)):
+                    raise ValueError("its options.json was written by a different version of train.py")
+        except (OSError, ValueError, AttributeError) as error:
             parser.error(f"--resume=True: the run in {folder} cannot be continued: {error}")
         base.update(resume=True, overwrite=False)
         changed = [name for name in given if name not in CHANGEABLE and given[name] != base[name]]
@@ -1033,7 +1040,7 @@ def adapt(model, rank, low):
     if rank and not layers:
         sys.exit(f"error: --lora_rank={rank}: {type(model).__name__} has no blocks with linear layers; leave it out")
     model.requires_grad_(False)
-    # say the experts of a mixture, which transformers keeps in one tensor and not in linear layers
+    # it may miss the experts of a mixture, for example, which transformers keeps in one tensor
     reached = sum(layer.weight.numel() for layer in layers)
     weights = sum(p.numel() for block in blocks_of(model) for p in block.parameters())
     if rank and reached < 0.9 * weights:
@@ -1338,6 +1345,9 @@ def embedded_sft():
         return path
     command = ["--method=sft", f"--seed={seed}", f"--device={device}", f"--out_dir={path}-new", "--overwrite=True"]
     print("the SFT model first: python train.py " + " ".join(command), flush=True)
+    # SIGTERM and SIGHUP end that run, too
+    for number in (signal.SIGTERM, *hangup):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         done = subprocess.run([sys.executable, __file__, *command], env={**os.environ, "WORLD_SIZE": "1"})
     except KeyboardInterrupt:
@@ -1390,6 +1400,8 @@ if __name__ == "__main__":
     if resume and loads:
         try:
             state = torch.load(os.path.join(out_dir, "state.pt"), map_location="cpu", weights_only=True)
+            if not state.keys() >= {"step", "weights", "optimizer", "fingerprint", "started"}:
+                raise ValueError
             started = state["started"]
         except Exception as error:      # torch's own sentence advises a call that would run code from the file
             sys.exit(f"error: the checkpoint in {out_dir} cannot be read ({type(error).__name__}); restore its "

@@ -5,7 +5,7 @@
     python -m extras.bench toy FOLDER       # all of it at toy sizes
 
 The first takes at most twelve minutes. After each item it writes FOLDER/gpu-CARD.json and FOLDER/gpu-CARD.md. If you
-start it again, it continues with the items that are missing, and then tries those that failed once more.
+start it again, it continues with the items that are missing, and then tries again those that failed.
 """
 import argparse
 import contextlib
@@ -265,7 +265,7 @@ def bench_steps(name, steps, batch, sizes, *options):
         f.writelines(json.dumps(row) + "\n" for row in random_pairs(steps * batch + 40, sizes))
     profiler = torch.profiler.profile()
 
-    # the end of each step, and of its losses the begin, the end and the number of tokens
+    # the end of each step, and of its losses the beginning, the end and the number of tokens
     calls, ends = [], []
     fused_loss = tdpo.fused_tdpo_loss
 
@@ -373,8 +373,9 @@ DAYS["gpu"] = {
     "loss, V 151936, d 4096": (
         40, "500 TFLOP/s; an H100, without a reference (6 of these 8 NVd): products 0.042 s, naive 0.059, TRL 0.167, "
         "Liger 0.192", bench_forms, (8192, 151936, 4096, "products", "fused", "naive")),
-    "gpt2-large, HH": (120, "MFU 0.5, 3 x TRL", bench_steps, ("gpt2-large", 12, 64, HH)),
     "TRL, gpt2-large, HH, 1 x 8": (50, "", bench_trl, ("gpt2-large", 12, 1, 8, HH)),
+    "gpt2-large, HH": (120, "MFU 0.5, 3 x TRL", bench_steps, ("gpt2-large", 12, 64, HH)),
+    "TRL, gpt2-large, HH, 8 x 1": (40, "", bench_trl, ("gpt2-large", 12, 8, 1, HH)),
     "7B, adapters, HH": (100, "MFU 0.5", bench_steps, ("7B", 10, 64, HH, "--lora_rank=16")),
     "loss, V 262144, d 1152": (
         40, "500 TFLOP/s; one long pair takes no more GiB than short ones", bench_forms,
@@ -382,7 +383,6 @@ DAYS["gpu"] = {
     "test of a compiled run": (60, "passes", bench_tests, ("gpu_compiled_run",)),
     "gemma-3-1b, 2 x 8192 tokens": (80, "MFU 0.5; TRL 12.0 GiB", bench_steps, (
         "gemma-3-1b", 8, 1, LONG, "--max_length=8200", "--checkpoint_activations=True")),
-    "TRL, gpt2-large, HH, 8 x 1": (40, "", bench_trl, ("gpt2-large", 12, 8, 1, HH)),
     "loss, V 50257, d 1280": (30, "500 TFLOP/s", bench_forms, (8192, 50257, 1280, "products", "fused", "naive")),
 }
 DAYS["loss"] = {f"loss, {form}": (200, "", bench_loss, (form, 4096, 50257, 768)) for form in FORMS}

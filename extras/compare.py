@@ -22,7 +22,7 @@ import sys
 import numpy as np
 
 from eval_imdb import SCORES, draw, read_log
-from sample import parse, writable
+from sample import create, parse, writable
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -450,7 +450,7 @@ if __name__ == "__main__":
         results = [result for result in results if result["label"] in args.only + args.against]
 
     # the numbers, tables of them, a figure
-    with open(args.out + ".json", "w", encoding="utf-8") as f:
+    with create(args.out + ".json") as f:
         lines = [json.dumps(result, ensure_ascii=False) for result in results]
         f.write("[" + ",\n".join(lines) + "]\n")
     print("\n" + "\n".join(table(results, args.at_kl)))

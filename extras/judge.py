@@ -13,7 +13,7 @@ import sys
 import time
 import uuid
 
-from sample import (DEVICES, chat, check_sampling, encode_prompt, generate, load_model, parse, positions_of,
+from sample import (DEVICES, chat, check_sampling, create, encode_prompt, generate, load_model, parse, positions_of,
                     read_prompts, response_text, writable, write_lines)
 
 # the columns of a question
@@ -94,6 +94,6 @@ if __name__ == "__main__":
         answers = []
         for row, (text,) in zip(questions, replies):
             answers.append({"instruction": row["instruction"], "output": text, "generator": name})
-        with open(args.out, "w", encoding="utf-8") as f:
+        with create(args.out) as f:
             json.dump(answers, f, indent=1)
     print(f"wrote {len(questions)} answers to {args.out}")

@@ -38,9 +38,9 @@ def read_options(argv):
         default, choices = getattr(train, name), train.CHOICES.get(name)
         kind = type(default)
         if kind is bool:
-            kind, choices = {"True": True, "False": False}.get, (True, False)
+            kind, choices = train.true_or_false, (True, False)
         parser.add_argument("--" + name, type=kind, default=default, choices=choices,
-                            help=f"{comments[name][1]} [{default}]")
+                            help=f"{comments[name][1]} [{default}]".removesuffix(" []"))
     parser.add_argument("--processes", type=int, default=1, help="processes that share the model [1]")
     run = parse(parser, argv)
     if not run.init_from or run.lora_rank < 0 or run.processes < 1:

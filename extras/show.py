@@ -12,7 +12,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from sample import (encode_prompt, generate, measure, printable, response_text, sampling_options, set_up,
+from sample import (create, encode_prompt, generate, measure, printable, response_text, sampling_options, set_up,
                     writable)
 
 # a token is one shade darker for each of these shares that its own share reaches
@@ -36,7 +36,7 @@ def color_of(share):
 
 
 def token_texts(tokenizer, prompt, response):
-    """The text that each token adds to those before it. If a character is several tokens, the last one has its text."""
+    """The text that each token adds to those before it. If a character takes several tokens, the last one has its text."""
     texts = []
     done = tokenizer.decode(prompt)
     for n in range(1, len(response) + 1):
@@ -137,6 +137,6 @@ if __name__ == "__main__":
             body.append(f"<h3>{html.escape(text.strip())}</h3>")
             for name, spans in entry:
                 body.append(f"<p><i>{name}</i> {written(spans, on_page)}</p>")
-        with open(args.html, "w", encoding="utf-8") as f:
+        with create(args.html) as f:
             f.write(PAGE.format(title=html.escape(f"{args.model}: {args.show}"), body="\n".join(body)))
         print(f"wrote {args.html}")
