@@ -49,8 +49,8 @@ def explain(kind, error, trace):
         print(f"error: {error}: make room. A run's last checkpoint is whole; continue with --resume=True",
               file=sys.stderr)
     elif kind is torch.OutOfMemoryError and os.path.basename(sys.argv[0]) == "train.py":
-        print(f"error: {error}. These options take less memory: --checkpoint_activations=True, a smaller --micro_tokens "
-              "or --max_length, --lora_rank=16, or more processes (torchrun)", file=sys.stderr)
+        print(f"error: {error}. These options take less memory: --checkpoint_activations=True, a smaller "
+              "--micro_tokens or --max_length, --lora_rank=16, or more processes (torchrun)", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 

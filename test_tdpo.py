@@ -1021,12 +1021,15 @@ def test_trying_a_row_changes_nothing(kind, moments, monkeypatch):
     assert weight.grad is None and not opt.state and torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_row_that_does_not_fit_names_the_options_that_take_less(capsys):
+def test_a_row_that_does_not_fit_names_the_options_that_take_less(capsys, monkeypatch):
     full = mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
-    with pytest.raises((SystemExit, torch.OutOfMemoryError)) as stop:
+    with pytest.raises(torch.OutOfMemoryError) as stop:
         train.try_row(None, full, torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))
-    sample.explain(stop.type, stop.value, None)
-    assert re.search("error: .*Tried to allocate 2 GiB.*checkpoint_activations", capsys.readouterr().err)
+    for program, advised in (("train.py", True), ("sample.py", False)):
+        monkeypatch.setattr(sys, "argv", [f"somewhere/{program}"])
+        sample.explain(stop.type, stop.value, None)
+        said = capsys.readouterr().err
+        assert "Tried to allocate 2 GiB" in said and ("checkpoint_activations" in said) == advised
 
 
 LORA = ["--lora_rank=3", "--eval_interval=3"]
@@ -2241,10 +2244,19 @@ class Evil:
         return open, ("evil", "w")
 
 
+def without_the_weights(data):
+    state = torch.load(io.BytesIO(data), weights_only=True)
+    del state["weights"]
+    torch.save(state, buffer := io.BytesIO())
+    return buffer.getvalue()
+
+
 DAMAGES = [     # (file, what it then holds, exit code, message)
     ("state.pt", lambda data: pickle.dumps(Evil()), 1, "the checkpoint in damaged. cannot be read"),
     ("state.pt", lambda data: b"", 1, "the checkpoint in damaged. cannot be read"),
     ("options.json", lambda data: b"{", 2, "cannot be continued"),
+    ("options.json", lambda data: data.replace(b'"beta"', b'"gamma"'), 2, "by a different version"),
+    ("state.pt", without_the_weights, 1, "the checkpoint in damaged. cannot be read"),
 ]
 
 
@@ -2430,6 +2442,16 @@ def test_a_signal_saves_nothing_broken_and_a_second_one_leaves_at_once(runs):
     assert not glob.glob("signals[12]/state.pt")
 
 
+def test_a_signal_ends_every_process(runs):
+    """While the embedded task trains its SFT model, in a process of its own."""
+    run = Run("train.py", "--out_dir=nobody/run")
+    run.wait_for(lambda: os.path.exists("nobody/reviews-sft-1-new/.lock"))
+    run.process.terminate()
+    assert run.end()[0] == 128 + signal.SIGTERM
+    with open("nobody/reviews-sft-1-new/.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def test_memory_is_flat(runs):
     """The peak of a run's memory is reached early. TDPO_STEPS=500 for a closer look."""
     steps = int(os.environ.get("TDPO_STEPS", 40))
@@ -2515,6 +2537,7 @@ def test_every_assignment_among_the_knobs_is_an_option(runs, tmp_path):
     assert re.search(r"  --gamma +é, 5 % of it \[0.5\]\n", out) and re.search(r"  --delta +\[3\]\n", out), out
     assert all(re.search(rf"^  --{name}\s+\S", out, re.M) for name in train.configure(["--out_dir=x"]))
     says(2, "argument --delta: invalid int value: '0.5'", program, "--gamma=0.25", "--delta=0.5")
+    says(2, "argument --resume: invalid choice: 'yes'", program, "--resume=yes")
     # an edited default is checked as an option is
     program = edited_programs(tmp_path, ("train.py", 'optimizer = "rmsprop"', 'optimizer = "RMSprop"'))
     says(2, "--optimizer=RMSprop is not one of rmsprop, adamw", program, *on_pairs("edited", "--max_steps=1"))

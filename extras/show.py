@@ -36,7 +36,7 @@ def color_of(share):
 
 
 def token_texts(tokenizer, prompt, response):
-    """The text that each token adds to those before it. If a character takes several tokens, the last one has its text."""
+    """The text that each token adds to those before it. If a character takes several tokens, the last one has it."""
     texts = []
     done = tokenizer.decode(prompt)
     for n in range(1, len(response) + 1):
