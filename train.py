@@ -81,7 +81,7 @@ from tdpo import CHUNK_BYTES, fused_tdpo_loss
 # the objective: a new knob is also an argument of margin or preference_loss in tdpo.py, and of the call in `forward`
 method = "tdpo2"            # sft, dpo, fdpo, tdpo1 or tdpo2
 alpha = 0.5                 # weight of the sequential KL in tdpo2, Eq. 17
-beta = 0.1                  # tie to the reference; fdpo needs a far smaller one (0.03 on HH, 1e-5 on IMDb)
+beta = 0.1                  # how strongly the reference holds the policy; fdpo needs less (0.03 on HH, 1e-5 on IMDb)
 # data
 data = "reviews"            # reviews (embedded), imdb, hh, .jsonl/.json/.csv/.parquet files, a directory, a hub dataset
 data_split = ""             # split of a directory or hub dataset; default: train
@@ -300,7 +300,7 @@ def configure(argv):
         (changed, f"--{' --'.join(changed)} would change the run in {folder}: leave it out, or choose a new --out_dir"),
         (ignored, f"--{' --'.join(ignored)} would be ignored with --method={c.method} --data={c.data}: leave it out"),
         (c.max_prompt_length >= c.max_length and not (task and sft),
-         "--max_prompt_length leaves no room for a response within --max_length"),
+         f"--max_prompt_length={c.max_prompt_length} leaves no room for a response within --max_length={c.max_length}"),
         ("epochs" in given and given.get("max_steps"), "--epochs and --max_steps contradict each other: leave one out"),
         (c.ref_from == "scratch" or c.init_from == "scratch" and c.data != "reviews",
          "scratch is the untrained model that --data=reviews starts from: name a directory or a hub id"),
@@ -1432,7 +1432,8 @@ if __name__ == "__main__":
             model, tokenizer = load_model(init_from)
         positions = positions_of(model)
         if max_length > positions:
-            sys.exit(f"error: --max_length={max_length} is more than the {positions} positions of {init_from}")
+            sys.exit(f"error: --max_length={max_length} is more than the {positions} positions of {init_from}: lower "
+                     "it, and --max_prompt_length with it")
         if tokenizer.eos_token_id is None:
             sys.exit(f"error: the tokenizer of {init_from} has no EOS token to end responses; set its eos_token")
 
@@ -1601,7 +1602,10 @@ if __name__ == "__main__":
     if step >= max_steps:
         # a kill may have come before its last files
         save(out_dir, model, tokenizer, opt, step, **origin)
-        sys.exit(f"error: {out_dir} is at step {step} already; --max_steps={step + max(1, step)} would continue it")
+        follow = f"--max_steps={step + max(1, step)} would continue it"
+        if lr_decay != "constant":
+            follow = "its learning rate has decayed, so it is finished"
+        sys.exit(f"error: {out_dir} is at step {step} already; {follow}")
 
     # the run in three more lines, and notes on what is special about it
     print(f"rows: up to {row_tokens} tokens{', padded' if row_length else ''}; a step is {batch_size} {noun}, about "
@@ -1609,20 +1613,21 @@ if __name__ == "__main__":
     reference = ""
     if not sft:
         reference = f"; reference {ref_from or init_from}"
-    print(f"model: {init_from}, {n_params / 1e6:.1f}M parameters, {n_trained / 1e6:.1f}M of them trained{reference}")
+    print(f"model: {init_from}, {n_params / 1e6:.2f}M parameters, {n_trained / 1e6:.2f}M of them trained{reference}")
     objective = method
     if not sft:
         objective += f", beta {beta:g}"
     if method == "tdpo2":
         objective += f", alpha {alpha:g}"
     passes = max_steps * batch_size / len(examples)
+    processes = f", {world} processes" if world > 1 else ""
     print(f"run: {objective}, {max_steps} steps ({passes:.1f} epochs), learning rate {learning_rate:g} ({lr_decay}), "
-          f"{device_type}, {dtype}, {world} processes; into {out_dir}", flush=True)
+          f"{device_type}, {dtype}{processes}; into {out_dir}", flush=True)
     if batch_size > len(examples):
         print(f"note: there are only {len(examples)} {noun}: a step of --batch_size={batch_size} takes some twice")
     if warmup_steps > max_steps:
         print(f"warning: --warmup_steps={warmup_steps} is more than the {max_steps} steps: the learning rate gets no "
-              f"higher than {lr_at(max_steps - 1):.2g} of {learning_rate:g}")
+              f"higher than {lr_at(max_steps - 1):.2g} of {learning_rate:g}. Lower it, or train for longer")
     if getattr(model.config.get_text_config(), "router_aux_loss_coef", None):
         print("note: the loss that balances this model's experts (router_aux_loss_coef) is not part of the objective")
     if "rope_parameters" in config_keys and not config_keys & {"rope_theta", "rotary_emb_base"}:
@@ -1857,10 +1862,11 @@ if __name__ == "__main__":
     follow = f"sample.py --model={model_dir}"
     if sft:
         follow = f"train.py --method=tdpo2 --data={shlex.quote(data)} --init_from={model_dir}"
-        # the same prompts are held out if these stay the same
+        # the same prompts are held out, and fit the model, if these stay the same
         names = ["seed"]
         if not task:
-            names += ["data_split", "data_config", "eval_data", "eval_split", "eval_pairs"]
+            names += ["data_split", "data_config", "eval_data", "eval_split", "eval_pairs", "max_length",
+                      "max_prompt_length"]
         for name in names:
             if globals()[name] != defaults[name]:
                 follow += f" --{name}={shlex.quote(str(globals()[name]))}"
