@@ -186,10 +186,12 @@ def read_knobs():
 
 
 def true_or_false(text):
+    """The value of a boolean option; argparse refuses other texts, because they are none of its choices."""
     return {"True": True, "False": False}.get(text, text)
 
 
 def knob_values():
+    """{name: value} of every option as it stands now, to be written and compared."""
     return {name: globals()[name] for name in read_knobs()}
 
 
