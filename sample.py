@@ -24,8 +24,7 @@ import transformers
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tdpo import elementwise, token_stats
 
@@ -154,13 +153,6 @@ def load_model(path, device="cpu", cls=AutoModelForCausalLM):
     for name, p in model.named_parameters():
         if not p.isfinite().all():
             sys.exit(f"error: {path}: its weights are not finite: {name} has NaN or infinite values; get a sound copy")
-    # a run saves the keys of its source, too, for transformers 4 (vLLM, lm-eval), which knows rotary embeddings by them
-    tokenizer.original_config = get_tokenizer_config(path)
-    config = PreTrainedConfig.get_config_dict(path)[0]
-    model.original_config = config.get("text_config", config)
-    for name, value in model.original_config.items():
-        if "rope" in name or "rotary" in name:
-            vars(model.config.get_text_config()).setdefault(name, value)
     return model.to(device).eval(), tokenizer
 
 

@@ -1089,9 +1089,10 @@ FILES = ("state.pt", "options.json", "tdpo.py", "log.jsonl", "log.png", "prompts
 
 
 def join_processes():
-    """(rank, number of processes) under torchrun, else (0, 1). Only rank 0 prints and writes."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return 0, 1
+    """(rank, number of processes) under torchrun, else (0, 1). Only rank 0 prints and writes. Rows are shown by rank 0,
+    without the others."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or show_data:
+        return int(os.environ.get("RANK", 0)), 1
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     # the others wait for rank 0, which may sample pairs for hours
@@ -1121,15 +1122,16 @@ def from_rank_0(value):
 
 def share_examples(examples, folder):
     """Rank 0's examples, in every process. The others map the tokens from a file in the folder."""
-    path = os.path.join(folder, ".tokens.npy")
+    path = os.path.join(folder, ".tokens")
     tokens = [x for example in examples for x in example[2:5]]
     if dist.get_rank() == 0:
-        np.save(path, np.concatenate(tokens))
-        # other nodes read it to the end, however the run ends
-        atexit.register(os.remove, path)
+        # `open` says it if the disk is full; other nodes read the file to the end, however the run ends
+        with open(path, "wb") as f:
+            atexit.register(os.remove, path)
+            f.write(np.concatenate(tokens))
     lengths = from_rank_0([len(x) for x in tokens])
     if dist.get_rank():
-        tokens = np.split(np.asarray(np.load(path, mmap_mode="r")), np.cumsum(lengths)[:-1])
+        tokens = np.split(np.asarray(np.memmap(path, np.int32, "r")), np.cumsum(lengths)[:-1])
         examples = [Example("", "", *tokens[n:n + 3]) for n in range(0, len(tokens), 3)]
     return examples
 
@@ -1195,15 +1197,6 @@ def save(folder, model, tokenizer, opt, step, **origin):
         torch.save(state, os.path.join(new, "state.pt"))
         model.save_pretrained(new, state_dict=merged)
         tokenizer.save_pretrained(new)
-        # transformers 4 knows the source's keys, but neither this class nor a list by this name
-        path = os.path.join(new, "tokenizer_config.json")
-        config = {**json.load(open(path, encoding="utf-8")), **getattr(tokenizer, "original_config", {})}
-        if config["tokenizer_class"] == "TokenizersBackend":
-            config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        if isinstance(config.get("extra_special_tokens"), list):
-            config["additional_special_tokens"] = config.pop("extra_special_tokens")
-        with open(path, "w", encoding="utf-8") as f:
-            json.dump(config, f, indent=1)
         for path in glob.glob(glob.escape(new) + "/**", recursive=True):
             # on the disk, in case the machine fails
             if os.path.isfile(path):
@@ -1366,10 +1359,11 @@ if __name__ == "__main__":
     launched = time.time()
     # a run under nohup ignores the end of its terminal, and goes on doing so
     hangup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
-    defaults = knob_values()
     # from here on the globals above are the options of this run
     globals().update(configure(sys.argv[1:]))
     rank, world = join_processes()
+    if show_data and rank:
+        sys.exit()
     if rank == 0:
         try:
             os.makedirs(out_dir, exist_ok=True)
@@ -1439,9 +1433,6 @@ if __name__ == "__main__":
         if tokenizer.eos_token_id is None:
             sys.exit(f"error: the tokenizer of {init_from} has no EOS token to end responses; set its eos_token")
 
-    # a spread model has no record of the keys that its source's config has
-    config_keys = getattr(model, "original_config", {}).keys()
-
     # a task samples before the model is spread or gets adapters
     if task and loads:
         model.to(device_type)
@@ -1472,6 +1463,16 @@ if __name__ == "__main__":
                 held_rows = read_rows(held_source, eval_split, held_config, default="test")
 
         examples, counts = make_examples(rows, source, model, tokenizer)
+        if counts["truncated"]:
+            print(f"note: {counts['truncated']} {noun} are truncated, {counts['beheaded']} of them at their start")
+        if counts["shortened"]:
+            print(f"note: {counts['shortened']} prompts end before the chat template's generation prompt does, because "
+                  "finished turns do not repeat it (nor, perhaps, reasoning); --show_data shows what is left")
+        if show_data:
+            show_examples(examples, tokenizer, show_data)
+            sys.exit()
+
+        # what is held out
         if held_rows:
             held_out, held_counts = make_examples(held_rows, held_source or source, model, tokenizer)
             order = np.random.default_rng(seed).permutation(len(held_out))
@@ -1494,17 +1495,8 @@ if __name__ == "__main__":
             held_prompts = {prefix: encode_prompt(tokenizer, prefix) for prefix in prefixes["test"]}
         print(f"data: {counts['read']} {noun} read = {len(examples)} to train on + {counts['held out']} held out + "
               f"{counts['left out']} left out")
-        if counts["truncated"]:
-            print(f"note: {counts['truncated']} {noun} are truncated, {counts['beheaded']} of them at their start")
-        if counts["shortened"]:
-            print(f"note: {counts['shortened']} prompts end before the chat template's generation prompt does, because "
-                  "finished turns do not repeat it (nor, perhaps, reasoning); --show_data shows what is left")
-        if show_data:
-            show_examples(examples, tokenizer, show_data)
         del rows, held_rows
     tokenizer, prefixes, held_prompts, n_train = from_rank_0((tokenizer, prefixes, held_prompts, len(examples)))
-    if show_data:
-        sys.exit()
     if world > 1:
         everything = share_examples(examples + held_out, out_dir)
         examples, held_out = everything[:n_train], everything[n_train:]
@@ -1632,8 +1624,6 @@ if __name__ == "__main__":
               f"higher than {lr_at(max_steps - 1):.2g} of {learning_rate:g}. Lower it, or train for longer")
     if getattr(model.config.get_text_config(), "router_aux_loss_coef", None):
         print("note: the loss that balances this model's experts (router_aux_loss_coef) is not part of the objective")
-    if "rope_parameters" in config_keys and not config_keys & {"rope_theta", "rotary_emb_base"}:
-        print("note: what is saved needs transformers 5, as the start model does: transformers 4 would misread it")
 
     # -------------------------------------------------------------------------
     # parts of the loop, as functions
@@ -1859,27 +1849,16 @@ if __name__ == "__main__":
             print(f"wrote {picture}")
         except Exception as error:      # no matplotlib, or a backend or font that fails: the run is saved all the same
             print(f"note: there is no log.png: {error}")
-    # the embedded task renames its SFT model
-    model_dir = shlex.quote(out_dir.removesuffix("-new") if sft and task else out_dir)
-    follow = f"sample.py --model={model_dir}"
-    if sft:
-        follow = f"train.py --method=tdpo2 --data={shlex.quote(data)} --init_from={model_dir}"
-        # the same prompts are held out, and fit the model, if these stay the same
-        names = ["seed"]
-        if not task:
-            names += ["data_split", "data_config", "eval_data", "eval_split", "eval_pairs", "max_length",
-                      "max_prompt_length"]
-        for name in names:
-            if globals()[name] != defaults[name]:
-                follow += f" --{name}={shlex.quote(str(globals()[name]))}"
-    print(f"saved {out_dir} | next: python {follow}", flush=True)
+    print(f"saved {out_dir}, to be read with transformers 5 or newer", flush=True)
+    if held_prompts:
+        print(f"next: python sample.py --model={shlex.quote(out_dir)}", flush=True)
     if world > 1:
         # exit hard: gloo's threads can abort the process during interpreter shutdown
         if rank == 0 and wandb_log:
             with contextlib.suppress(Exception):
                 wandb.finish()
         if rank == 0:
-            os.remove(os.path.join(out_dir, ".tokens.npy"))
+            os.remove(os.path.join(out_dir, ".tokens"))
         dist.destroy_process_group()
         log.close()
         os._exit(0)
