@@ -769,6 +769,13 @@ def hash_of(arrays):
     return digest.hexdigest()[:16]
 
 
+def hash_of_weights(model):
+    """A hash of up to 10^5 numbers of each weight."""
+    # sorted by name, because weights that are kept in bf16 come in a different order
+    weights = [p.detach().flatten() for _, p in sorted(model.named_parameters())]
+    return hash_of(x[::1 + len(x) // 10**5].float().cpu().numpy() for x in weights)
+
+
 # -----------------------------------------------------------------------------
 # rows: several whole pairs in one row, each with its prompt once; a row is what a forward pass takes
 #
@@ -1273,11 +1280,11 @@ def step_indices(step, batch_size, n, seed):
     return indices
 
 
-def choose_length(sizes, most, row_tokens, world):
-    """The length of rows on a GPU, a multiple of FlexAttention's blocks of 128 that holds `most` tokens: up to
+def choose_length(sizes, largest, row_tokens, world):
+    """The length of rows on a GPU, a multiple of FlexAttention's blocks of 128 that holds the largest example: up to
     row_tokens, the one that thirty steps of the run fill best."""
     steps = [[sizes[i] for i in step_indices(step, batch_size, len(sizes), seed)] for step in range(30)]
-    shortest = math.ceil(max(most, min(1024, row_tokens)) / 128) * 128
+    shortest = math.ceil(max(largest, min(1024, row_tokens)) / 128) * 128
     costs = {}
     for length in range(shortest, max(shortest, row_tokens) + 1, 128):
         # each process takes equally many rows; many short ones cost more than few long ones
@@ -1501,13 +1508,14 @@ if __name__ == "__main__":
         everything = share_examples(examples + held_out, out_dir)
         examples, held_out = everything[:n_train], everything[n_train:]
 
-    # rows: on a GPU with bf16 they all have one length, so that the model compiles once; elsewhere they have any length
+    # rows: one takes up to row_tokens, and at least the largest example. On a GPU with bf16 they are all padded to one
+    # row_length, so that the model compiles once; elsewhere they have any length, which a row_length of 0 says
     sizes = [size(example) for example in examples]
-    most = max(sizes + [size(example) for example in held_out])
-    row_tokens = max(micro_tokens or (8192 if device_type == "cuda" else 1024), most)
+    largest = max(sizes + [size(example) for example in held_out])
+    row_tokens = max(micro_tokens or (8192 if device_type == "cuda" else 1024), largest)
     row_length = 0
     if modern:
-        row_length = choose_length(sizes, most, row_tokens, world)
+        row_length = choose_length(sizes, largest, row_tokens, world)
         row_tokens = row_length
 
     # -------------------------------------------------------------------------
@@ -1524,9 +1532,6 @@ if __name__ == "__main__":
             m.to(device_type)
         if loads:
             m.set_attn_implementation("pair_attention")
-            # sorted by name, because weights that are kept in bf16 come in a different order
-            weights = [p.detach().flatten() for _, p in sorted(m.named_parameters())]
-            hashes.append(hash_of(x[::1 + len(x) // 10**5].float().cpu().numpy() for x in weights))
             # FlexAttention takes a GPU; two examples fit into two rows
             length = 2 * row_length if m.device.type == "cuda" else 0
             problem = packing_error(m, [examples[0], longest], length, shortest)
@@ -1538,6 +1543,8 @@ if __name__ == "__main__":
     if lora_rank:
         torch.manual_seed(seed)
         adapt(model, lora_rank, low)
+    if loads:
+        hashes.append(hash_of_weights(model))
     model = prepared("policy", model)
     models = {"policy": model}
 
@@ -1550,6 +1557,8 @@ if __name__ == "__main__":
             ref = load_reference(ref_from or init_from, tokenizer)
             if low and not sharded:
                 adapt(ref, 0, low)
+        if loads:
+            hashes.append(hash_of_weights(ref))
         ref = prepared("reference", ref)
         models["reference"] = ref
     if checkpoint_activations:
@@ -1651,6 +1660,13 @@ if __name__ == "__main__":
         n = len(stats["loss"]) if real else 0
         return loss * n, {name: x[:n] for name, x in stats.items()}
 
+    def terms(examples):
+        """The number of losses that the loss of these examples is the mean of: one for each pair, or for each token of
+        sft."""
+        if sft:
+            return sum(len(example.chosen) for example in examples)
+        return len(examples)
+
     def means(stats, n):
         """Metrics over the n pairs (sft: tokens) of all processes, from the stats of each pass of this one."""
         columns = {name: torch.cat([s[name] for s in stats]) for name in stats[0]}
@@ -1689,8 +1705,7 @@ if __name__ == "__main__":
         evaluated = held_out[:1] if quick else held_out
         bar = tqdm(rows_of(evaluated), desc="evaluating", leave=False, disable=None)
         stats = [forward(batch, real)[1] for batch, real in bar]
-        count = sum(len(example.chosen) for example in evaluated) if sft else len(evaluated)
-        metrics = {name: x.item() for name, x in means(stats, count).items()}
+        metrics = {name: x.item() for name, x in means(stats, terms(evaluated)).items()}
 
         # nothing broken is saved
         if not math.isfinite(metrics["loss"]):
@@ -1792,7 +1807,7 @@ if __name__ == "__main__":
         for group in opt.param_groups:
             group["lr"] = lr_at(step)
         indices = batch_of(step)
-        count = sum(len(examples[i].chosen) for i in indices) if sft else batch_size
+        count = terms([examples[i] for i in indices])
         # on a CPU the gradients stay in place, because otherwise the heap would grow
         opt.zero_grad(set_to_none=device_type != "cpu")
         stats = []
