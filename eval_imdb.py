@@ -230,11 +230,9 @@ def build_pairs(model, tokenizer, prefixes, score, *, folder, name, reward, comp
     weights = hashlib.sha256()
     for p in model.parameters():
         weights.update(p.detach().cpu().contiguous().numpy())
-    # the files of a reward model stand for its weights
-    files = []
-    for path in sorted(glob.glob(glob.escape(reward) + "/*")):
-        files.append((path, os.path.getsize(path), os.path.getmtime(path)))
-    made_of = [prefixes, reward, files, completions, min_score_gap, max_new_tokens, seed, weights.hexdigest()]
+    # a few scores stand for the weights of a reward model
+    scores = [round(x, 2) for x in score(prefixes[:8])]
+    made_of = [prefixes, reward, scores, completions, min_score_gap, max_new_tokens, seed, weights.hexdigest()]
     digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
     path = os.path.join(folder, f"{name}-pairs-{digest[:12]}.jsonl")
     if os.path.exists(path):

@@ -14,6 +14,7 @@ import errno
 import functools
 import json
 import os
+import re
 import sys
 import tempfile
 
@@ -45,8 +46,8 @@ if hasattr(sys.stdout, "reconfigure"):
 def explain(kind, error, trace):
     """One sentence in place of a traceback if the disk is full or broken, or if train.py has filled a GPU's memory."""
     if kind is OSError and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
-        print(f"error: {error}: make room. A run's last checkpoint is whole; continue with --resume=True",
-              file=sys.stderr)
+        print(f"error: {error}: make room, and start again; a run that has saved a checkpoint continues from it with "
+              "--resume=True", file=sys.stderr)
     elif kind is torch.OutOfMemoryError and os.path.basename(sys.argv[0]) == "train.py":
         print(f"error: {error}. These options take less memory: --checkpoint_activations=True, a smaller "
               "--micro_tokens or --max_length, --lora_rank=16, or more processes (torchrun)", file=sys.stderr)
@@ -129,6 +130,8 @@ def load_model(path, device="cpu", cls=AutoModelForCausalLM):
             base = "its base model"
         sys.exit(f"error: {path} is an adapter, not a whole model: load it on {base} with peft, then save the result "
                  "of merge_and_unload() and the tokenizer with save_pretrained")
+    if os.path.isabs(path) and not os.path.isdir(path):
+        sys.exit(f"error: {path} is gone; name the place where this model is now")
     # models fail to load with OSError, ValueError, KeyError, SafetensorError and more
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -166,7 +169,8 @@ def load_reference(path, tokenizer, device="cpu"):
 
 
 def reference_of(folder):
-    """The path of the reference that the run in folder was trained against, or "" if there is none or it is gone."""
+    """The path of the reference that the run in folder was trained against, or "" if there is none or it is gone. A
+    folder that happens to have the name of its hub id is a different model."""
     path = os.path.join(folder, "options.json")
     if not os.path.exists(path):
         return ""
@@ -174,8 +178,8 @@ def reference_of(folder):
     if not isinstance(run, dict) or run.get("method", "sft") == "sft":
         return ""
     reference = run.get("ref_from") or run.get("init_from", "")
-    if os.path.isabs(reference) and not os.path.isdir(reference):
-        print(f"note: the reference {reference} is gone; --ref=DIR names it if it was moved")
+    if os.path.isabs(reference) != os.path.isdir(reference):
+        print(f"note: the run's reference {reference} is not here; --ref=DIR names it")
         return ""
     return reference
 
@@ -211,6 +215,46 @@ def read_prompts(path):
     return rows
 
 
+# the answer may depend on these columns, and they are not read
+UNREAD = ("messages", "history", "conversations", "system_prompt", "system_message", "chat_template_kwargs",
+          "functions", "context", "documents", "image", "images", "audio", "audios", "video", "videos")
+# messages that were written as text, as a list or a single one
+AS_TEXT = r"""\s*\[?\s*\{(?=[^}]*['"](role|from)['"]\s*:)(?=[^}]*['"](content|value)['"]\s*:)"""
+
+
+def check_columns(row, columns):
+    """ValueError if a row has more than its columns {name: text or messages}, and the answer may depend on that, or if
+    they are messages that were written as text."""
+    for name in UNREAD:
+        if row.get(name) and row[name] not in columns.values():
+            raise ValueError(f"has {name!r}, which is not read: write it into prompt, system or messages of role and "
+                             "content, or remove the column")
+    for name, text in columns.items():
+        if isinstance(text, str) and re.match(AS_TEXT, text):
+            raise ValueError(f"has messages written as text in {name!r}: parse the column (json.loads) first")
+
+
+def read_tools(row):
+    """The tools of a row, or None. Some tables hold them as JSON."""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = parse_json(tools.strip() or "null")
+        except (ValueError, RecursionError):
+            raise ValueError("has tools that are no JSON")
+    return tools or None
+
+
+def with_system(row, conversations):
+    """Conversations that begin with the row's system column, if it has one."""
+    if not str(row.get("system") or "").strip():
+        return conversations
+    system = read_message({"role": "system", "content": row["system"]})
+    if any(x["role"] == "system" and x != system for messages in conversations for x in messages):
+        raise ValueError("has a system column and a different system message: remove one of them")
+    return [x if system in x else [system, *x] for x in conversations]
+
+
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -244,9 +288,28 @@ def chat(tokenizer, messages, generation_prompt=True, tools=None):
     if not tokenizer.chat_template:
         sys.exit("error: these are chat messages, but the tokenizer has no chat template: use text, or a chat model")
     try:
-        return tokenizer.apply_chat_template(messages, tools, tokenize=False, add_generation_prompt=generation_prompt)
+        text = tokenizer.apply_chat_template(messages, tools, tokenize=False, add_generation_prompt=generation_prompt)
     except Exception as error:      # templates raise all kinds of errors
         raise ValueError(f"is refused by the model's chat template: {error}")
+    if tools and text == chat(tokenizer, messages, generation_prompt):
+        raise ValueError("has tools, but the model's chat template does not print them")
+    return text
+
+
+def check_printed(tokenizer, messages, text, tools=None):
+    """ValueError if text, the conversation as the template prints it, lacks a message or a part of one."""
+    # say a role that the template does not know, or words beside a tool call
+    marks = [f"|{n}|" if x["content"].strip() else "" for n, x in enumerate(messages)]
+    marked = chat(tokenizer, [{**x, "content": mark} for x, mark in zip(messages, marks)], False, tools)
+    for mark, message in zip(marks, messages):
+        if mark not in marked:
+            raise ValueError(f"has a text of the {message['role']} that the model's chat template does not print")
+    for key in ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"):
+        without = [{name: x for name, x in message.items() if name != key} for message in messages]
+        if without != messages and text == chat(tokenizer, without, False, tools):
+            raise ValueError(f"has {key}, but the model's chat template does not print it")
+    if re.search(r'"arguments": "\{', text) and any("tool_calls" in x for x in messages):
+        raise ValueError("has arguments of a tool call as text, which the template encodes once more: parse them")
 
 
 @functools.lru_cache
@@ -289,13 +352,15 @@ def prompt_text(tokenizer, where, row, as_chat=False):
     if as_chat and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
 
+    # the same rules as for the rows of training
     try:
+        check_columns(row, {"prompt": prompt})
+        tools = read_tools(row)
         if isinstance(prompt, list):
-            messages = [read_message(x) for x in prompt]
-            if row.get("system"):
-                messages.insert(0, read_message({"role": "system", "content": row["system"]}))
-            prompt = chat(tokenizer, messages, tools=row.get("tools") or None)
-        elif row.get("system") or row.get("tools"):
+            (messages,) = with_system(row, [[read_message(x) for x in prompt]])
+            check_printed(tokenizer, messages, chat(tokenizer, messages, False, tools), tools)
+            prompt = chat(tokenizer, messages, tools=tools)
+        elif row.get("system") or tools:
             raise ValueError("has system or tools beside text: write the prompt as messages")
         # half of a surrogate pair is no text
         prompt.encode()
@@ -341,9 +406,12 @@ def positions_of(model):
 def rope_border(model):
     """The length beyond which a text changes the frequencies (LongRoPE) of all texts in a pass, or infinity."""
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        return rope["original_max_position_embeddings"]
-    return float("inf")
+    borders = [float("inf")]
+    # some models have parameters of their own for each type of layer
+    for parameters in (rope, *rope.values()):
+        if isinstance(parameters, dict) and parameters.get("rope_type") == "longrope":
+            borders.append(parameters["original_max_position_embeddings"])
+    return min(borders)
 
 
 @torch.no_grad()
@@ -557,6 +625,9 @@ def set_up(args):
     ref = None
     if args.ref:
         ref = load_reference(args.ref, tokenizer, model.device)
+        # both read prompts and responses
+        config = model.config.get_text_config()
+        config.max_position_embeddings = min(positions_of(model), positions_of(ref))
     # a prompt that comes twice is one prompt, and one that is too long does not stop the others
     texts, room = dict.fromkeys(texts), positions_of(model)
     fitting = [text for text in texts if len(encode_prompt(tokenizer, text)) < room]

@@ -743,6 +743,8 @@ REFUSED = {
     "its sliding_window of": hf.MistralConfig(**SIZES, **GROUPS, sliding_window=LONGEST - 1),
     "recurrent or convolutional layers": hf.FalconH1Config(**GEMMA, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8,
                                                            mamba_d_state=8, mamba_n_groups=1),
+    "does not tell its body": hf.Llama4TextConfig(**SIZES, **GROUPS, head_dim=8, intermediate_size_mlp=48,
+                                                  num_local_experts=2),
     "Conv1d|recurrent|no attention function": hf.MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=1),
 }
 SERVED = {
@@ -785,6 +787,11 @@ def longrope():
 def test_rows_hold_sequences_of_one_side_of_a_longrope_border(longrope):
     """The border itself is a length of the short side. Of a response all but the last token is read."""
     at, beyond, far, split = [example_of([5] * 10, [6] * a, [7] * b) for a, b in ((7, 3), (8, 9), (9, 20), (3, 20))]
+    # as some models have it, for each type of layer
+    config = longrope[0].config
+    typed = hf.Gemma3TextConfig(**GEMMA)
+    typed.rope_parameters = dict(full_attention=config.rope_parameters, sliding_attention=dict(rope_type="default"))
+    assert sample.rope_border(types.SimpleNamespace(config=typed)) == sample.rope_border(longrope[0]) == 16
     for examples, shortest, fits in (([at, at], 12, True), ([beyond, far], 17, True), ([beyond, far], 16, False),
                                      ([at, far], 12, False), ([far, at], 12, False), ([split, split], 12, False)):
         found = packing_error(longrope[0], examples, shortest=shortest)
@@ -1292,6 +1299,7 @@ BAD = [
     (PLAIN, pair_of(history=[["a", "b"]]), "has 'history', which is not read"),
     (PLAIN, pair_of(messages=turns("a", "b")), "has 'messages', which is not read"),
     (PLAIN, pair_of(system="be"), "has 'system' beside text"),
+    (PLAIN, pair_of(tools='[{"name": "t"}]'), "has 'tools' beside text"),
     (PLAIN, pair_of("now say it", "now say it y", "now say it n"), "repeat the prompt"),
     (PLAIN, pair_of("hi", "y\n\nHuman: so?\n\nAssistant: y"), "a turn of the human in a resp"),
     (PLAIN, pair_of("q", "[{'role': 'user', 'content': 'q'}]", "[{'role': ..."), "written as text"),
@@ -1356,6 +1364,14 @@ def test_sft_takes_sft_data(options, row, prompt, response):
     assert found.prompt_text == (None if "text" in row else prompt)
     with pytest.raises(SystemExit, match="turns of the user after the shared prompt"):
         read([dict(messages=turns("q", "y", "r"))], spelled(**CHATS), method="sft")
+
+
+def test_a_label_that_is_false_is_not_learned():
+    """As JSON and CSV have it. 0 may be the label of a class."""
+    for label in (False, "False"):
+        with pytest.raises(SystemExit, match="has the label false"):
+            read([dict(prompt="q", completion="y", label=label)], spelled(), method="sft")
+    assert read([dict(text="a review", label=0)], spelled(), method="sft")[0]
 
 
 def held_prompts_of(folder):
@@ -1456,13 +1472,16 @@ def test_a_null_stays_if_it_was_written_and_goes_if_a_table_put_it_there(tmp_pat
 
 
 def test_nan_is_an_empty_cell_of_a_row(tmp_path):
-    """As json.dumps writes the empty cells of a table."""
+    """As json.dumps writes the empty cells of a table, and as they are in one."""
+    from datasets import Dataset
     empty = dict.fromkeys(("system", "tools", "history", "images", "messages"), math.nan)
     for options, row in ((PLAIN, pair_of()), (CHATS, chat_of(chosen=answer("y", name=math.nan)))):
         path = write_lines(tmp_path / "a.jsonl", [row, dict(row, score=math.inf, **empty)])
         assert "NaN" in open(path).read() and "Infinity" in open(path).read()
         (a, b), _ = read(path, spelled(**options))
-        assert a[1:] == b[1:]
+        Dataset.from_list([dict(row, **empty)]).to_parquet(tmp_path / "a.parquet")
+        (c,), _ = read(str(tmp_path / "a.parquet"), spelled(**options))
+        assert a[1:] == b[1:] == c[1:]
         (_, a), (_, b) = sample.read_prompts(path)
         assert sample.prompt_text(spelled(**options), "here", a) == sample.prompt_text(spelled(**options), "here", b)
         assert b["score"] == math.inf
@@ -1530,8 +1549,8 @@ def test_all_forms_of_a_source_hold_the_same_rows(sources, monkeypatch):
         assert [row for _, row in train.read_rows(form, config=config)] == rows, form
     for form in ("dict", "splits"):
         assert [row for _, row in train.read_rows(form, "other")] == rows
-    os.mkdir("tables")
-    shutil.copy("a.csv", "tables")
+    os.makedirs("tables/data")
+    shutil.copy("a.csv", "tables/data/a.csv.gz")
     write_lines("one.json", [dict(data=rows)])
     for source, split, said in UNREADABLE:
         with pytest.raises(SystemExit, match=f"cannot read {re.escape(source)}: .*{said}"):
@@ -1631,19 +1650,34 @@ def test_prompts_are_text_or_messages():
     assert sample.prompt_text(tokenizer, "here", text, as_chat=True) == ASKED
     assert sample.prompt_text(tokenizer, "here", chat) == ASKED
     assert "<im>system\nbe<end>" in sample.prompt_text(tokenizer, "here", dict(chat, system="be", tools=None))
-    human = dict(prompt=[dict(role="human", content="q")])
+    assert sample.prompt_text(tokenizer, "here", dict(prompt=[SYSTEM, *turns("q")], system="be")).count("be<end>") == 1
+    assert sample.prompt_text(tokenizer, "here", dict(chat, system=" ", tools="")) == ASKED
+    human, system = dict(prompt=[dict(role="human", content="q")]), dict(prompt=[SYSTEM, *turns("q")])
     for row, said in ((dict(text="q"), 'has no "prompt"'), (dict(text, tools=[1]), "has system or tools beside text"),
-                      (human, "has a message of the role 'human'"), (dict(prompt="\ud800"), ".*surrogates")):
+                      (human, "has a message of the role 'human'"), (dict(prompt="\ud800"), ".*surrogates"),
+                      (dict(text, history=["a"]), "has 'history', which is not read"),
+                      (dict(prompt=str(turns("q"))), "has messages written as text"),
+                      (dict(system, system="no"), "has a system column and a different system message"),
+                      (dict(chat, tools=CALL), "has tools, but the model's chat template does not print them")):
         with pytest.raises(SystemExit, match="error: here " + said):
             sample.prompt_text(tokenizer, "here", row)
     with pytest.raises(SystemExit, match="no chat template"):
         sample.prompt_text(spelled(), "here", chat)
+    with pytest.raises(SystemExit, match="error: here has a text of the system that the model's chat template does not"):
+        sample.prompt_text(spelled(**TEMPLATED), "here", system)
+    tools = dict(chat, tools='[{"name": "t"}]')
+    assert sample.prompt_text(spelled(**TOOL), "here", tools) == "t;" + ASKED
 
 
-def test_the_reference_of_a_run(tmp_path):
-    for options, expected in (({}, ""), ([], ""), (dict(method="sft", init_from="a"), ""),
-                              (dict(method="dpo", init_from="a"), "a"),
-                              (dict(method="dpo", init_from="a", ref_from="b"), "b")):
+def test_the_reference_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own/folder").mkdir(parents=True)
+    here = str(tmp_path / "own/folder")
+    for options, expected in (({}, ""), ([], ""), (dict(method="sft", init_from="own/a"), ""),
+                              (dict(method="dpo", init_from="own/a"), "own/a"),
+                              (dict(method="dpo", init_from="own/a", ref_from="own/b"), "own/b"),
+                              # a hub id, and the folder that was meant
+                              (dict(method="dpo", init_from="own/folder"), ""), (dict(method="dpo", init_from=here), here)):
         write_lines(tmp_path / "options.json", [options])
         assert sample.reference_of(str(tmp_path)) == expected
     assert sample.reference_of(f"{tmp_path}/nowhere") == ""
@@ -1678,20 +1712,22 @@ def test_a_classifier_is_a_reward(words, tmp_path):
 
 def test_pairs_are_of_weights_prefixes_and_options(words, tmp_path, capsys):
     options = dict(folder=str(tmp_path), name="reviews", reward="exact", completions=4, min_score_gap=0.1,
-                   max_new_tokens=24, seed=1, prefixes=["the plot was superb", "i saw"])
+                   max_new_tokens=24, seed=1, prefixes=["the plot was superb", "i saw"], score=eval_imdb.exact_reward)
     model = eval_imdb.scratch_model(0)[0]
 
     def build(weight=0.0, **changed):
         model.transformer.wte.weight.data[3, 4] += weight
-        return eval_imdb.build_pairs(model, words, score=eval_imdb.exact_reward, **{**options, **changed})
+        return eval_imdb.build_pairs(model, words, **{**options, **changed})
     first = build()
     assert os.path.dirname(first) == str(tmp_path) and lines_of(first)
     for row in lines_of(first):
         rewards = eval_imdb.exact_reward([row["prompt"] + row["chosen"], row["prompt"] + row["rejected"]])
         assert [row["chosen_score"], row["rejected_score"]] == rewards and rewards[0] - rewards[1] > 0.1
     assert build() == first and f"reusing {first}" in capsys.readouterr().out
-    others = {build(prefixes=["the plot"]), build(seed=2), build(max_new_tokens=23), build(weight=1.0)}
-    assert len(others - {first}) == 4
+    # a reward model that was trained anew has the same name
+    others = {build(prefixes=["the plot"]), build(seed=2), build(max_new_tokens=23), build(weight=1.0),
+              build(score=lambda texts: [x + 0.1 for x in eval_imdb.exact_reward(texts)])}
+    assert len(others - {first}) == 5
     with pytest.raises(SystemExit, match="every pair was dropped"):
         build(min_score_gap=3)
 
@@ -1959,10 +1995,10 @@ def test_a_run_is_used_from_elsewhere_and_after_it_was_moved(runs, tmp_path):
         # its models and data are in a different place now, and a model that is not the reference in this one
         os.rename(tmp_path / "sft", tmp_path / "moved")
         os.rename(tmp_path / "pairs.jsonl", tmp_path / "moved.jsonl")
-        out = says(0, f"note: the reference {tmp_path}/sft is gone; --ref=DIR(.|\n)*policy ", "sample.py", *sampled)
+        out = says(0, f"note: the run's reference {tmp_path}/sft is not here; --ref=DIR(.|\n)*policy ", "sample.py", *sampled)
         assert "reference  " not in out
         says(0, "reference +.*\npolicy .* kl ", "sample.py", *sampled, "--ref=../moved")
-        says(1, f"cannot load {tmp_path}/sft.*not a local directory", "train.py", *resuming("../run", "--max_steps=3"))
+        says(1, f"error: {tmp_path}/sft is gone; name the place", "train.py", *resuming("../run", "--max_steps=3"))
         places = ["--init_from=../moved", "--ref_from=../moved", "--data=../moved.jsonl", "--eval_data=../moved.jsonl"]
         resumed("../run", "--max_steps=3", *places)
         # what lies there has to be the same
@@ -1995,9 +2031,12 @@ def test_a_tilde_is_the_home_directory_in_every_path(runs, monkeypatch):
     names = "init_from", "ref_from", "data", "eval_data", "out_dir"
     found = train.configure([f"--{name}=~/{name}/*" for name in names])
     assert [found[name] for name in names] == [f"{home}/{name}/*" for name in names]
+    monkeypatch.setattr(train, "ref_from", "~/sft")
+    shutil.copytree("sft", "home/sft")
+    assert train.configure(["--data=pairs.jsonl", "--init_from=x"])["ref_from"] == home + "/sft"
+    monkeypatch.setattr(train, "ref_from", "")
     tasks = train.configure(["--data=imdb", "--texts=~/texts", "--reward=~/reward", "--init_from=x"])
     assert (tasks["texts"], tasks["reward"]) == (home + "/texts", home + "/reward")
-    shutil.copytree("sft", "home/sft")
     shutil.copy("tdpo2/prompts.jsonl", "home")
     says(0, "wrote .*/home/x/y.jsonl", "sample.py", "--model=~/sft", "--ref=~/sft", "--prompts=~/prompts.jsonl",
          "--max_new_tokens=3", "--out=~/x/y.jsonl", environ=dict(HOME=home))
@@ -2097,7 +2136,7 @@ def test_a_run_removes_what_a_run_wrote_and_nothing_else(runs):
     assert own.items() <= contents("study").items()
 
 
-BLOCKED = ("config.json", "tdpo.py", "log.jsonl", "evals/0.jsonl", "state.pt", "chat_template.jinja")
+BLOCKED = ("config.json", "emoji.json", "tdpo.py", "log.jsonl", "evals/0.jsonl", "state.pt", "chat_template.jinja")
 
 
 def test_a_folder_with_files_that_a_run_would_replace_is_refused(runs):
@@ -2114,6 +2153,11 @@ def test_a_folder_with_files_that_a_run_would_replace_is_refused(runs):
     before = contents("guest")
     says(2, "in no run's record: adapter_config.json; move them", "train.py", *on_pairs("guest", "--overwrite=True"))
     assert contents("guest") == before
+    # in a folder from which the run was removed, but not its hidden files
+    for path in glob.glob("guest/*"):
+        os.remove(path)
+    write_lines("guest/config.json", ["mine"])
+    says(2, "in no run's record: config.json; move them", "train.py", *on_pairs("guest", "--overwrite=True"))
 
 
 def test_tokenizers_that_save_a_folder_are_saved(runs):
@@ -2155,15 +2199,17 @@ def small_files():
 
 def test_a_save_that_fails_keeps_the_one_before(runs):
     trained("full", "--max_steps=2")
-    says(1, "error: step 4 could not be saved in full: .*The last checkpoint there is whole", "train.py",
+    says(1, "error: step 4 could not be saved in full: .*the last checkpoint there is whole", "train.py",
          "--resume=True", "--out_dir=full", "--max_steps=4", before=small_files)
+    says(1, "step 2 could not be saved in full-0: .*start again with --overwrite=True", "train.py",
+         *on_pairs("full-0", "--max_steps=2"), before=small_files)
     assert state_of("full")["step"] == 2 and not os.path.exists("full/.saving")
     sample.load_model("full")
 
 
 def test_a_full_disk_ends_in_one_sentence(runs):
     """Between two saves, in sample.py, and when the tokens are written for other processes."""
-    said = "error: .*make room. A run's last checkpoint is whole; continue with --resume=True\n$"
+    said = "error: .*make room, and start again; a run that has saved a checkpoint continues .* --resume=True\n$"
     out = says(1, said, "sample.py", "--model=tdpo2", "--num_prompts=1", "--out=/dev/full")
     assert "policy    | 1 responses | entropy" in out
     trained("limit", "--max_steps=20", "--eval_interval=0", "--log_interval=1000")
@@ -2380,6 +2426,11 @@ def one_signal():
 
 
 def two_signals():
+    stepping(lambda n: [(os.kill(os.getpid(), signal.SIGTERM), time.sleep(3.1)) for _ in range(2)])
+
+
+def one_signal_twice():
+    """As torchrun hands it on to processes that have got it already."""
     stepping(lambda n: [(os.kill(os.getpid(), signal.SIGTERM), time.sleep(0.01)) for _ in range(2)])
 
 
@@ -2388,6 +2439,8 @@ def test_a_signal_saves_nothing_broken_and_a_second_one_leaves_at_once(runs):
     says(1, "held-out loss after step 1 is nan", "train.py", *on_pairs("signals1", *broken), before=one_signal)
     says(-signal.SIGTERM, "", "train.py", *on_pairs("signals2"), before=two_signals)
     assert not glob.glob("signals[12]/state.pt")
+    says(128 + signal.SIGTERM, "stopped after step 1", "train.py", *on_pairs("signals3"), before=one_signal_twice)
+    assert state_of("signals3")["step"] == 1
 
 
 def test_a_signal_ends_every_process(runs):
@@ -2591,6 +2644,7 @@ def test_odd_rows_never_end_in_a_traceback(tmp_path):
 
 
 def test_a_record_names_no_file_outside_its_folder(tmp_path):
+    (tmp_path / "options.json").write_text("{}")
     (tmp_path / ".written").write_text("log.jsonl\n../precious.txt\n/etc/passwd\nevals/../../x\nevals/1.jsonl\n")
     assert train.written(str(tmp_path)) == ["log.jsonl", "evals/1.jsonl"]
 
@@ -2613,6 +2667,9 @@ def test_prompts_that_were_cut_are_not_sampled_whole(runs):
     kept, left = held_prompts_of("cut"), int(re.search(r"note: (\d+) held-out prompts were cut", out)[1])
     held = [row["prompt"] for row in rows if places([row["prompt"]])[0] < 0.1]
     assert kept == {x for x in held if len(x.split()) < 16} and left == len(held) - len(kept) > 0
+    write_lines("long.jsonl", [row for row in rows if len(row["prompt"].split()) > 16])
+    out = trained("all-cut", "--data=long.jsonl", "--max_length=20", "--max_prompt_length=16", "--max_steps=1")
+    assert "held-out prompts were cut" in out and "next:" not in out
 
 
 def test_a_loss_that_is_not_finite_stops_and_saves_nothing(runs):
@@ -2662,6 +2719,16 @@ def test_a_reference_with_padding_is_compared_over_common_rows(runs):
         kls.append((q.exp() * (q - p)).sum().item())
     assert log_of("padded")[0]["eval_kl_l"] == approx(np.mean(kls), rel=1e-4) and np.mean(kls) > 1e-3
     assert sample.measure(model, ref, [[5, 6]], [[7, 8]])[0]["kl"].shape == (2,)
+
+
+def test_a_reference_with_fewer_positions_is_not_overrun(runs):
+    config = hf.GPT2Config(**dict(GPT, vocab_size=163, n_positions=48))
+    save_with_words(tiny(config), "short-ref")
+    says(1, "--max_length=64 is more than the 48 positions of .*short-ref", "train.py", *on_pairs(
+        "short", "--ref_from=short-ref"))
+    says(0, "over 1 prompts", "sample.py", "--model=sft", "--ref=short-ref", "--prompt=the plot was", "--num_samples=9",
+         "--max_new_tokens=100", "--out=short.jsonl")
+    assert max(row["tokens"] for row in lines_of("short.jsonl")) == 45
 
 
 def test_splits_of_a_data_set_are_trained_on_and_held_out(runs, sources):

@@ -72,9 +72,9 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import chat_template_utils
 
 import eval_imdb
-from sample import (DEVICES, chat, encode_prompt, encode_prompts, load_model, load_reference, opening, parse,
-                    parse_json, positions_of, read_message, reason_of, rope_border, stop_tokens,
-                    write_lines)
+from sample import (DEVICES, chat, check_columns, check_printed, encode_prompt, encode_prompts, load_model,
+                    load_reference, opening, parse, parse_json, positions_of, read_message, read_tools, reason_of,
+                    rope_border, stop_tokens, with_system, write_lines)
 from tdpo import CHUNK_BYTES, fused_tdpo_loss
 
 # knobs: every assignment from here to the end of the knobs is an option; the comment after it is its help -------------
@@ -230,7 +230,7 @@ def configure(argv):
 
     # instead of the defaults: the presets of the task, or the options of the run that is resumed
     c = argparse.Namespace(**{**defaults, **given})
-    folder = os.path.normpath(c.out_dir or default_out_dir(c.data, c.method))
+    folder = os.path.expanduser(os.path.normpath(c.out_dir or default_out_dir(c.data, c.method)))
     base = dict(PRESETS.get(c.data, {}))
     if c.method == "sft":
         base.update(PRESETS.get(c.data + " sft", {}))
@@ -258,7 +258,7 @@ def configure(argv):
     c = argparse.Namespace(**{**defaults, **base, **given, "out_dir": folder})
     # absolute paths, so that the run can be continued and sampled from any working directory
     for name in PLACES:
-        value = getattr(c, name)
+        value = os.path.expanduser(getattr(c, name))
         if value in ("reviews", "imdb", "hh", "scratch", "exact"):
             continue
         if os.path.exists(value):
@@ -351,7 +351,9 @@ def read_rows(source, split="", config="", default="train"):
         # files, directories that datasets has saved, and everything else that it knows
         table = []
         if kind == ".parquet":
-            table = load_dataset("parquet", data_files=[glob.escape(file) for file in files], split="train")
+            # streamed, because the cache of datasets would need a file system with locks
+            files = [glob.escape(file) for file in files]
+            table = load_dataset("parquet", data_files=files, split="train", streaming=True)
         elif kind in KINDS:
             for file in files:
                 rows += read_text(file, kind)
@@ -362,7 +364,7 @@ def read_rows(source, split="", config="", default="train"):
             if (split or default) not in tables:
                 raise ValueError(f'Unknown split "{split or default}". Should be one of {list(tables)}.')
             table = tables[split or default]
-        elif glob.glob(glob.escape(source) + "/*.csv"):
+        elif glob.glob(glob.escape(source) + "/**/*.[ct]sv*", recursive=True):
             raise ValueError(f"it is a directory of .csv files: name the files, as in {source}/*.csv")
         elif os.path.isdir(source) or re.fullmatch(r"[\w-]+/[\w.-]+", source):
             table = load_dataset(source, config or None, split=split or default)
@@ -381,10 +383,11 @@ def read_rows(source, split="", config="", default="train"):
 
 
 def without_fillers(x, feature):
-    """A value of a table without the keys that are null, with which a table fills up its rows. feature: its type in
-    datasets, of which Json holds what was written."""
+    """A value of a table without the keys that are null or NaN, with which a table fills up its rows. feature: its type
+    in datasets, of which Json holds what was written."""
     if isinstance(x, dict) and isinstance(feature, dict):
-        return {name: without_fillers(value, feature[name]) for name, value in x.items() if value is not None}
+        kept = {name: value for name, value in x.items() if value is not None and value == value}
+        return {name: without_fillers(value, feature[name]) for name, value in kept.items()}
     if isinstance(x, list):
         return [without_fillers(value, getattr(feature, "feature", None)) for value in x]
     return x
@@ -431,11 +434,6 @@ def read_text(path, kind):
     return rows
 
 
-# the answer may depend on these columns, and they are not read
-UNREAD = ("messages", "history", "conversations", "system_prompt", "system_message", "chat_template_kwargs",
-          "functions", "context", "documents", "image", "images", "audio", "audios", "video", "videos")
-# messages that were written as text, as a list or a single one
-AS_TEXT = r"""\s*\[?\s*\{(?=[^}]*['"](role|from)['"]\s*:)(?=[^}]*['"](content|value)['"]\s*:)"""
 ASSISTANT = "\n\nAssistant:"
 
 
@@ -491,12 +489,7 @@ def render_messages(row, columns, tokenizer):
     elif prompt and str(prompt).strip() not in ("", *questions):
         raise ValueError("has a prompt that is none of its messages: remove the column, or make it a message")
 
-    # a system column is the first message
-    if str(row.get("system", "")).strip():
-        system = read_message({"role": "system", "content": row["system"]})
-        if any(x["role"] == "system" and x != system for messages in conversations for x in messages):
-            raise ValueError("has a system column and a different system message: remove one of them")
-        conversations = [x if system in x else [system, *x] for x in conversations]
+    conversations = with_system(row, conversations)
 
     # after the turns that they share there is one answer, and nothing that the model did not write
     first, shared = conversations[0], 0
@@ -519,14 +512,12 @@ def render_messages(row, columns, tokenizer):
 
     # the template has to print all of it
     asked = "\n".join(x["content"] for x in first[:shared])
-    tools = row.get("tools") or None
+    tools = row.get("tools")
     prompt = chat(tokenizer, first[:shared], tools=tools)
-    if tools and prompt == chat(tokenizer, first[:shared]):
-        raise ValueError("has tools, but the model's chat template does not print them")
     texts = []
     for messages in conversations:
         texts.append(chat(tokenizer, messages, False, tools))
-        check_printed(tokenizer, messages, tools, texts[-1])
+        check_printed(tokenizer, messages, texts[-1], tools)
 
     # a generation prompt may open a block that finished turns do not have, say <think>: the prompt ends before it
     if all(x.startswith(prompt) for x in texts):
@@ -537,22 +528,6 @@ def render_messages(row, columns, tokenizer):
     if not all(x.startswith(begin) for x in texts) or not begin.startswith(unanswered):
         raise ValueError("has a response that, in the chat template, does not continue the prompt")
     return begin, texts, True, asked
-
-
-def check_printed(tokenizer, messages, tools, text):
-    """ValueError if text, the conversation as the template prints it, lacks a message or a part of one."""
-    # say a role that the template does not know, or words beside a tool call
-    marks = [f"|{n}|" if x["content"].strip() else "" for n, x in enumerate(messages)]
-    marked = chat(tokenizer, [{**x, "content": mark} for x, mark in zip(messages, marks)], False, tools)
-    for mark, message in zip(marks, messages):
-        if mark not in marked:
-            raise ValueError(f"has a text of the {message['role']} that the model's chat template does not print")
-    for key in ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"):
-        without = [{name: x for name, x in message.items() if name != key} for message in messages]
-        if without != messages and text == chat(tokenizer, without, False, tools):
-            raise ValueError(f"has {key}, but the model's chat template does not print it")
-    if re.search(r'"arguments": "\{', text) and any("tool_calls" in x for x in messages):
-        raise ValueError("has arguments of a tool call as text, which the template encodes once more: parse them")
 
 
 def are_messages(row, columns):
@@ -594,21 +569,11 @@ def render(row, tokenizer):
     columns = {name: row.get(name) for name in ("prompt", *names)}
 
     # refuse what would be lost, or is not meant
-    for name in UNREAD:
-        if row.get(name) and row[name] not in columns.values():
-            raise ValueError(f"has {name!r}, which is not read: write it into prompt, system or messages of role and "
-                             "content, or remove the column")
-    for name, text in columns.items():
-        if isinstance(text, str) and re.match(AS_TEXT, text):
-            raise ValueError(f"has messages written as text in {name!r}: parse the column (json.loads) first")
-    if method == "sft" and row.get("label") is False:
+    check_columns(row, columns)
+    if method == "sft" and str(row.get("label")).lower() == "false":
         raise ValueError("has the label false: its answer is not to be learned")
-    # some tables hold tools as JSON
-    if isinstance(row.get("tools"), str):
-        try:
-            row["tools"] = json.loads(row["tools"])
-        except (ValueError, RecursionError):
-            raise ValueError("has tools that are no JSON")
+    if "tools" in row:
+        row["tools"] = read_tools(row)
 
     for looks_like, render_form in FORMS:
         if looks_like(row, columns):
@@ -970,6 +935,9 @@ def packing_error(model, examples, row_length=0, shortest=0):
         return (f"its LongRoPE changes the frequencies of a sequence of up to {border} tokens if a longer one is in "
                 f"the same row: use --max_length={border}, or leave out the shorter ones")
 
+    if model.base_model is model:
+        return "transformers does not tell its body from its output layer"
+
     # one row, and every sequence by itself. Some models that declare no attention function take one all the same
     cause = ""
     if not model._supports_attention_backend:
@@ -1089,17 +1057,18 @@ def checkpoint_blocks(model):
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 FROM_RANK_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 # what a run writes in its directory, and what would change how its model is read there
-FILES = ("state.pt", "options.json", "tdpo.py", "log.jsonl", "log.png", "prompts.jsonl", "evals/[0-9]*",
-         "config.json", "generation_config.json", "adapter_config.json", "model*.safetensors*", "tokenizer*.json",
-         "*.model", "vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-         "chat_template.*", "additional_chat_templates/*")
+FILES = ("state.pt", "tdpo.py", "log.jsonl", "log.png", "prompts.jsonl", "evals/[0-9]*", "*.json", "*.safetensors",
+         "*.model", "*.spm", "vocab.txt", "dict.txt", "merges.txt", "bpe.codes", "chat_template.*",
+         "additional_chat_templates/*")
 
 
 def join_processes():
     """(rank, number of processes) under torchrun, else (0, 1). Only rank 0 prints and writes. Rows are shown by rank 0,
     without the others."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or show_data:
-        return int(os.environ.get("RANK", 0)), 1
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return 0, 1
+    if show_data:
+        return int(os.environ["RANK"]), 1
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     # the others wait for rank 0, which may sample pairs for hours
@@ -1211,8 +1180,10 @@ def save(folder, model, tokenizer, opt, step, **origin):
                     os.fsync(f.fileno())
     except Exception as error:      # mostly a full disk, for which safetensors and torch raise errors of their own
         shutil.rmtree(new, ignore_errors=True)
-        sys.exit(f"error: step {step} could not be saved in {folder}: {error}. The last checkpoint there is whole: "
-                 "make room, and continue with --resume=True")
+        advice = "make room, and start again with --overwrite=True"
+        if os.path.exists(os.path.join(folder, "state.pt")):
+            advice = "the last checkpoint there is whole: make room, and continue with --resume=True"
+        sys.exit(f"error: step {step} could not be saved in {folder}: {error}; {advice}")
     for name in sorted(glob.glob("**", root_dir=new, recursive=True), key=lambda name: name != "state.pt"):
         if os.path.isfile(os.path.join(new, name)):
             os.replace(os.path.join(new, name), claim(folder, name))
@@ -1222,7 +1193,8 @@ def save(folder, model, tokenizer, opt, step, **origin):
 def written(folder):
     """The files that runs have written in a directory, by the record that they keep there."""
     record = os.path.join(folder, ".written")
-    if not os.path.exists(record):
+    # who removed all that a shell's * names has left the record behind
+    if not (os.path.exists(record) and os.path.exists(os.path.join(folder, "options.json"))):
         return []
     # a record that came from elsewhere names no file outside the directory
     names = open(record, encoding="utf-8").read().splitlines()
@@ -1248,7 +1220,9 @@ def start_log(folder, step):
         for record in eval_imdb.read_log(folder, step):
             log += json.dumps(record) + "\n"
     else:
-        for path in [os.path.join(folder, name) for name in written(folder)]:
+        # options.json is the last to go and the first to come: without it the record does not count
+        for name in sorted(written(folder), key=lambda name: name == "options.json"):
+            path = os.path.join(folder, name)
             if os.path.isfile(path) or os.path.islink(path):
                 os.remove(path)
         open(os.path.join(folder, ".written"), "w").close()
@@ -1256,7 +1230,7 @@ def start_log(folder, step):
         objective = f.read()
     # a kill leaves the old ones or the new ones, never a part
     options = json.dumps(knob_values(), indent=1)
-    for name, text in (("tdpo.py", objective), ("options.json", options), ("log.jsonl", log)):
+    for name, text in (("options.json", options), ("tdpo.py", objective), ("log.jsonl", log)):
         path = claim(folder, name)
         with open(path + ".new", "w", encoding="utf-8") as f:
             f.write(text)
@@ -1337,6 +1311,14 @@ def peak_gib(device):
     # ru_maxrss is in bytes on macOS, in KiB on Linux
     unit = 2**30 if sys.platform == "darwin" else 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def check_positions(model, name):
+    """End the program if a model cannot read max_length tokens."""
+    positions = positions_of(model)
+    if max_length > positions:
+        sys.exit(f"error: --max_length={max_length} is more than the {positions} positions of {name}: lower it, and "
+                 "--max_prompt_length with it")
 
 
 def embedded_sft():
@@ -1433,10 +1415,7 @@ if __name__ == "__main__":
             model, tokenizer = eval_imdb.scratch_model(seed)
         else:
             model, tokenizer = load_model(init_from)
-        positions = positions_of(model)
-        if max_length > positions:
-            sys.exit(f"error: --max_length={max_length} is more than the {positions} positions of {init_from}: lower "
-                     "it, and --max_prompt_length with it")
+        check_positions(model, init_from)
         if tokenizer.eos_token_id is None:
             sys.exit(f"error: the tokenizer of {init_from} has no EOS token to end responses; set its eos_token")
 
@@ -1555,6 +1534,7 @@ if __name__ == "__main__":
             ref = without_adapters(model)
         elif loads:
             ref = load_reference(ref_from or init_from, tokenizer)
+            check_positions(ref, ref_from or init_from)
             if low and not sharded:
                 adapt(ref, 0, low)
         if loads:
@@ -1750,12 +1730,11 @@ if __name__ == "__main__":
             sys.exit(f"error: --wandb_log=True: {' '.join(str(error).split())}")
 
     # the log, and prompts for sample.py
-    log = open(os.devnull, "w")
+    log, whole = open(os.devnull, "w"), []
     if rank == 0:
         log = start_log(out_dir, step)
     if rank == 0 and held_prompts:
         # a prompt that was cut for training has no text of its own
-        whole = []
         for prompt, ids in held_prompts.items():
             if not len(ids) == max_prompt_length < len(encode_prompt(tokenizer, prompt)):
                 whole.append({"prompt": prompt})
@@ -1763,13 +1742,15 @@ if __name__ == "__main__":
             print(f"note: {len(held_prompts) - len(whole)} held-out prompts were cut, and are not in prompts.jsonl")
         write_lines(claim(out_dir, "prompts.jsonl"), whole)
 
-    # the first of these signals lets the step finish and saves; a second one leaves at once, but SIGHUP may come twice
+    # the first of these signals lets the step finish and saves. A second one leaves at once, but not SIGHUP, and none
+    # that comes right after the first: torchrun hands on signals that its processes may have got already
     signals = []
 
     def stop_after_step(number, frame):
-        signals.append(number)
-        if number != signal.SIGHUP:
+        signals.append((time.time(), number))
+        if number != signal.SIGHUP and signals[-1][0] - signals[0][0] > 3:
             signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
     for number in (signal.SIGINT, signal.SIGTERM, *hangup):
         signal.signal(number, stop_after_step)
 
@@ -1800,7 +1781,8 @@ if __name__ == "__main__":
             if step == 0:
                 follow = "no step was made, so nothing is saved"
             print(f"stopped after step {step} | {follow}", flush=True)
-            sys.exit(128 + (signals or [signal.SIGTERM])[0])
+            number = signals[0][1] if signals else signal.SIGTERM
+            sys.exit(128 + number)
 
         # one step: its loss is one mean, however its pairs are packed; FSDP takes the mean over processes
         began = time.perf_counter()
@@ -1865,7 +1847,7 @@ if __name__ == "__main__":
         except Exception as error:      # no matplotlib, or a backend or font that fails: the run is saved all the same
             print(f"note: there is no log.png: {error}")
     print(f"saved {out_dir}, to be read with transformers 5 or newer", flush=True)
-    if held_prompts:
+    if whole:
         print(f"next: python sample.py --model={shlex.quote(out_dir)}", flush=True)
     if world > 1:
         # exit hard: gloo's threads can abort the process during interpreter shutdown
