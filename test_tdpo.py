@@ -1663,7 +1663,7 @@ def test_prompts_are_text_or_messages():
             sample.prompt_text(tokenizer, "here", row)
     with pytest.raises(SystemExit, match="no chat template"):
         sample.prompt_text(spelled(), "here", chat)
-    with pytest.raises(SystemExit, match="error: here has a text of the system that the model's chat template does not"):
+    with pytest.raises(SystemExit, match="error: here has a text of the system that the model's chat template"):
         sample.prompt_text(spelled(**TEMPLATED), "here", system)
     tools = dict(chat, tools='[{"name": "t"}]')
     assert sample.prompt_text(spelled(**TOOL), "here", tools) == "t;" + ASKED
@@ -1677,7 +1677,8 @@ def test_the_reference_of_a_run(tmp_path, monkeypatch):
                               (dict(method="dpo", init_from="own/a"), "own/a"),
                               (dict(method="dpo", init_from="own/a", ref_from="own/b"), "own/b"),
                               # a hub id, and the folder that was meant
-                              (dict(method="dpo", init_from="own/folder"), ""), (dict(method="dpo", init_from=here), here)):
+                              (dict(method="dpo", init_from="own/folder"), ""),
+                              (dict(method="dpo", init_from=here), here)):
         write_lines(tmp_path / "options.json", [options])
         assert sample.reference_of(str(tmp_path)) == expected
     assert sample.reference_of(f"{tmp_path}/nowhere") == ""
@@ -1995,7 +1996,8 @@ def test_a_run_is_used_from_elsewhere_and_after_it_was_moved(runs, tmp_path):
         # its models and data are in a different place now, and a model that is not the reference in this one
         os.rename(tmp_path / "sft", tmp_path / "moved")
         os.rename(tmp_path / "pairs.jsonl", tmp_path / "moved.jsonl")
-        out = says(0, f"note: the run's reference {tmp_path}/sft is not here; --ref=DIR(.|\n)*policy ", "sample.py", *sampled)
+        said = f"note: the run's reference {tmp_path}/sft is not here; --ref=DIR(.|\n)*policy "
+        out = says(0, said, "sample.py", *sampled)
         assert "reference  " not in out
         says(0, "reference +.*\npolicy .* kl ", "sample.py", *sampled, "--ref=../moved")
         says(1, f"error: {tmp_path}/sft is gone; name the place", "train.py", *resuming("../run", "--max_steps=3"))

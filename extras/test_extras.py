@@ -214,7 +214,7 @@ def models(tmp_path, monkeypatch):
         model, tokenizer = eval_imdb.scratch_model(seed)
         model.save_pretrained(name)
         tokenizer.save_pretrained(name)
-    write_lines("tuned/options.json", [dict(method="tdpo2", init_from="ref", ref_from="")])
+    write_lines("tuned/options.json", [dict(method="tdpo2", init_from=os.path.abspath("ref"), ref_from="")])
     write_lines("tuned/prompts.jsonl", [dict(prompt=text) for text in ("the plot", "i saw this", "a dull")])
     shutil.copytree("ref", "chat")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
