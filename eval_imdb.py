@@ -30,36 +30,11 @@ TASKS = ("reviews", "imdb")
 # -----------------------------------------------------------------------------
 # the embedded task: a review has a mood, how often its sentiment words are positive; all its words are the grammar's
 
-POSITIVE = ("wonderful superb charming brilliant touching gripping clever delightful warm fresh funny moving elegant "
-            "honest thrilling loved enjoyed admired praised recommend treasure").split()
-NEGATIVE = ("dull awful tedious clumsy boring weak lifeless messy bland stale shallow painful hollow lazy annoying "
-            "hated endured regretted mocked avoid forget").split()
-GRAMMAR = {
-    "review": ["{opening} . {line} . {story} . {line} . {line} . {verdict} ."],
-    "opening": ["i saw this {film} with {friend} {when}", "this {film} came out {when}",
-                "we watched this {film} at {place} {when}", "{friend} told me about this {film} {when}",
-                "the {film} opens in {place}"],
-    "story": ["the story follows a {job} who {does} in {place}", "it is about a {job} and a {job} who meet in {place}",
-              "most of it takes place in {place} where a {job} {does}"],
-    "line": ["{part} was {very} {adj}", "{part} felt {adj} and {part} seemed {very} {adj}", "i {verb} {part}",
-             "{friend} {verb} {part} too", "there is a scene in {place} that i found {very} {adj}",
-             "with {part} so {adj} it is hard to look away from {part}", "{part} is {adj} but {part} is {very} {adj}",
-             "even {part} looked {adj} next to {part}"],
-    "verdict": ["in the end i would {advice} this {film} to anyone", "all in all a {very} {adj} {film}",
-                "a {adj} and {adj} {film} that i {verb}"],
-    "film": ["film", "movie", "picture", "drama", "comedy", "thriller"],
-    "friend": ["my sister", "a friend", "my father", "our neighbour"],
-    "when": ["last week", "last night", "years ago", "in the spring", "on a rainy day"],
-    "very": ["very", "quite", "rather", "truly", "simply"],
-    "place": ["the city", "a small town", "the old theatre", "the harbour", "the mountains", "a quiet village"],
-    "job": ["teacher", "sailor", "doctor", "painter", "detective", "farmer"],
-    "does": ["looks for a lost letter", "learns to sing", "hides from the law", "returns after the war",
-             "opens a bakery"],
-    "part": ["the acting", "the plot", "the music", "the dialogue", "the ending", "the camera work", "the first half",
-             "the humour", "the villain", "the pacing", "the lead actor", "the script"],
-    "adj+": POSITIVE[:15], "verb+": POSITIVE[15:19], "advice+": POSITIVE[19:],
-    "adj-": NEGATIVE[:15], "verb-": NEGATIVE[15:19], "advice-": NEGATIVE[19:],
-}
+# symbol -> what it may become, with other symbols in braces; "adj+" and so on are the words of a good mood
+with open(os.path.join(os.path.dirname(__file__), "assets", "grammar.json"), encoding="utf-8") as f:
+    GRAMMAR = json.load(f)
+POSITIVE = GRAMMAR["adj+"] + GRAMMAR["verb+"] + GRAMMAR["advice+"]
+NEGATIVE = GRAMMAR["adj-"] + GRAMMAR["verb-"] + GRAMMAR["advice-"]
 
 
 def write_review(rng):
