@@ -351,9 +351,7 @@ def read_rows(source, split="", config="", default="train"):
         # files, directories that datasets has saved, and everything else that it knows
         table = []
         if kind == ".parquet":
-            # streamed, because the cache of datasets would need a file system with locks
-            files = [glob.escape(file) for file in files]
-            table = load_dataset("parquet", data_files=files, split="train", streaming=True)
+            table = load_dataset("parquet", data_files=[glob.escape(file) for file in files], split="train")
         elif kind in KINDS:
             for file in files:
                 rows += read_text(file, kind)
