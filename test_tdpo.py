@@ -1924,8 +1924,7 @@ def test_the_embedded_task_end_to_end(runs):
 
     # three prefixes with a completion and a reward of both models, then what comes next
     out = open("tdpo2.txt").read()
-    assert out.rstrip().endswith("\nsaved tdpo2, to be read with transformers 5 or newer\n"
-                                 "next: python sample.py --model=tdpo2")
+    assert out.rstrip().endswith("\nsaved tdpo2 (needs transformers 5) | next: python sample.py --model=tdpo2")
     drawn = importlib.util.find_spec("matplotlib") is not None
     assert os.path.exists("tdpo2/log.png") == drawn == ("wrote tdpo2/log.png" in out)
     shown = re.findall(r"\n(.+)\n  reference +(\S+) \|(.*)\n  policy +(\S+) \|(.*)\n", out)

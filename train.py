@@ -1844,9 +1844,8 @@ if __name__ == "__main__":
             print(f"wrote {picture}")
         except Exception as error:      # no matplotlib, or a backend or font that fails: the run is saved all the same
             print(f"note: there is no log.png: {error}")
-    print(f"saved {out_dir}, to be read with transformers 5 or newer", flush=True)
-    if whole:
-        print(f"next: python sample.py --model={shlex.quote(out_dir)}", flush=True)
+    follow = f" | next: python sample.py --model={shlex.quote(out_dir)}" if whole else ""
+    print(f"saved {out_dir} (needs transformers 5){follow}", flush=True)
     if world > 1:
         # exit hard: gloo's threads can abort the process during interpreter shutdown
         if rank == 0 and wandb_log:
