@@ -22,8 +22,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast,
                           pipeline)
 
-from sample import (DEVICES, encode_prompt, generate, load_model, load_reference, measure, parse, printable, ratio_mean,
-                    reason_of, response_stats, response_text, writable, write_lines)
+from sample import (DEVICES, encode_prompt, generate, load_model, load_reference, measure, parse, positions_of, printable,
+                    ratio_mean, reason_of, reference_of, response_stats, response_text, writable, write_lines)
 
 TASKS = ("reviews", "imdb")
 
@@ -397,12 +397,16 @@ if __name__ == "__main__":
             run = json.load(f)
         if run["data"] not in TASKS or run["method"] == "sft":
             parser.error(f"--score takes prefixes, reward and reference from the first of --runs, but {first} has none")
+        reference = reference_of(first)
+        if not reference:
+            parser.error(f"--score: the reference of {first} is missing")
         policies = {path: load_model(path, args.device) for path in scored}
         score = load_reward(args.reward or run["reward"], args.device)
         texts = load_texts(run["data"], run["texts"])
     for path in scored:
         model, tokenizer = policies[path]
-        ref = load_reference(run["ref_from"] or run["init_from"], tokenizer, model.device)
+        ref = load_reference(reference, tokenizer, model.device)
+        model.positions = min(positions_of(model), positions_of(ref))
         prefixes = task_prefixes(texts, tokenizer, run["seed"], 0, run["eval_prefixes"])["test"]
         scores, _ = score_policy(model, ref, tokenizer, prefixes, score, run["max_new_tokens"])
         last[path + " (scored)"] = {"eval_" + name: value for name, value in scores.items()}

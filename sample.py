@@ -130,7 +130,7 @@ def load_model(path, device="cpu", cls=AutoModelForCausalLM):
             base = "its base model"
         sys.exit(f"error: {path} is an adapter, not a whole model: load it on {base} with peft, then save the result "
                  "of merge_and_unload() and the tokenizer with save_pretrained")
-    if os.path.isabs(path) and not os.path.isdir(path):
+    if os.path.isabs(path) and not os.path.exists(path):
         sys.exit(f"error: {path} is gone; name the place where this model is now")
     # models fail to load with OSError, ValueError, KeyError, SafetensorError and more
     try:
@@ -179,7 +179,8 @@ def reference_of(folder):
         return ""
     reference = run.get("ref_from") or run.get("init_from", "")
     if os.path.isabs(reference) != os.path.isdir(reference):
-        print(f"note: the run's reference {reference} is not here; --ref=DIR names it")
+        problem = "is gone" if os.path.isabs(reference) else "was on the hub, but is a folder here"
+        print(f"note: the run's reference {reference} {problem}; --ref=DIR names it")
         return ""
     return reference
 
@@ -349,13 +350,12 @@ def prompt_text(tokenizer, where, row, as_chat=False):
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(prompt, (str, list)):
         sys.exit(f'error: {where} has no "prompt" that is text or a list of messages')
-    if as_chat and isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-
     # the same rules as for the rows of training
     try:
-        check_columns(row, {"prompt": prompt})
+        check_columns(row, {name: row.get(name) for name in ("prompt", "chosen", "rejected", "completion")})
         tools = read_tools(row)
+        if as_chat and isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
         if isinstance(prompt, list):
             (messages,) = with_system(row, [[read_message(x) for x in prompt]])
             check_printed(tokenizer, messages, chat(tokenizer, messages, False, tools), tools)
@@ -399,8 +399,10 @@ def printable(text):
 
 
 def positions_of(model):
-    """The number of tokens that a text may have at most."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    """The number of tokens that a text may have at most. A model has `positions` if something else reads its texts,
+    too, that has fewer."""
+    own = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    return getattr(model, "positions", own)
 
 
 def rope_border(model):
@@ -626,8 +628,7 @@ def set_up(args):
     if args.ref:
         ref = load_reference(args.ref, tokenizer, model.device)
         # both read prompts and responses
-        config = model.config.get_text_config()
-        config.max_position_embeddings = min(positions_of(model), positions_of(ref))
+        model.positions = min(positions_of(model), positions_of(ref))
     # a prompt that comes twice is one prompt, and one that is too long does not stop the others
     texts, room = dict.fromkeys(texts), positions_of(model)
     fitting = [text for text in texts if len(encode_prompt(tokenizer, text)) < room]

@@ -29,7 +29,6 @@ import random
 import re
 import resource
 import runpy
-import shlex
 import shutil
 import signal
 import socket
@@ -57,7 +56,7 @@ from torch.autograd import grad
 from torch.nn.attention import flex_attention as flex
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import flex_attention as integration
 
 import eval_imdb
@@ -1368,7 +1367,7 @@ def test_sft_takes_sft_data(options, row, prompt, response):
 
 def test_a_label_that_is_false_is_not_learned():
     """As JSON and CSV have it. 0 may be the label of a class."""
-    for label in (False, "False"):
+    for label in (False, "False", " false"):
         with pytest.raises(SystemExit, match="has the label false"):
             read([dict(prompt="q", completion="y", label=label)], spelled(), method="sft")
     assert read([dict(text="a review", label=0)], spelled(), method="sft")[0]
@@ -1537,7 +1536,7 @@ UNREADABLE = [      # (source, split, what the message says)
     ("nowhere.jsonl", "", "No such file"), ("shards/*.csv", "", "No such file"), ("a.other", "", "it is no .jsonl"),
     ("a.jsonl", "test", "it has no splits"), ("saved", "test", "it has no splits"), ("one.json", "", "one object"),
     ("dict", "test", r"\['train', 'other'\].*--data_split"), ("splits", "test", r"\['train', 'other'\].*--data_split"),
-    ("configs", "", r"\['one', 'two'\].*--data_config"), ("tables", "", r"name the files, as in tables/\*.csv"),
+    ("configs", "", r"\['one', 'two'\].*--data_config"), ("tables", "", r"name the files, as in tables/data/\*.csv"),
 ]
 
 
@@ -1656,6 +1655,7 @@ def test_prompts_are_text_or_messages():
     for row, said in ((dict(text="q"), 'has no "prompt"'), (dict(text, tools=[1]), "has system or tools beside text"),
                       (human, "has a message of the role 'human'"), (dict(prompt="\ud800"), ".*surrogates"),
                       (dict(text, history=["a"]), "has 'history', which is not read"),
+                      (dict(text, messages=turns("q", "y")), "has 'messages', which is not read"),
                       (dict(prompt=str(turns("q"))), "has messages written as text"),
                       (dict(system, system="no"), "has a system column and a different system message"),
                       (dict(chat, tools=CALL), "has tools, but the model's chat template does not print them")):
@@ -1665,6 +1665,11 @@ def test_prompts_are_text_or_messages():
         sample.prompt_text(spelled(), "here", chat)
     with pytest.raises(SystemExit, match="error: here has a text of the system that the model's chat template"):
         sample.prompt_text(spelled(**TEMPLATED), "here", system)
+    with pytest.raises(SystemExit, match="has messages written as text"):
+        sample.prompt_text(tokenizer, "here", dict(prompt=str(turns("q"))), as_chat=True)
+    # a row of training
+    row = dict(text, chosen=turns("q", "y"), rejected=turns("q", "n"), messages=turns("q", "y"))
+    assert sample.prompt_text(tokenizer, "here", row) == "q"
     tools = dict(chat, tools='[{"name": "t"}]')
     assert sample.prompt_text(spelled(**TOOL), "here", tools) == "t;" + ASKED
 
@@ -1995,7 +2000,7 @@ def test_a_run_is_used_from_elsewhere_and_after_it_was_moved(runs, tmp_path):
         # its models and data are in a different place now, and a model that is not the reference in this one
         os.rename(tmp_path / "sft", tmp_path / "moved")
         os.rename(tmp_path / "pairs.jsonl", tmp_path / "moved.jsonl")
-        said = f"note: the run's reference {tmp_path}/sft is not here; --ref=DIR(.|\n)*policy "
+        said = f"note: the run's reference {tmp_path}/sft is gone; --ref=DIR(.|\n)*policy "
         out = says(0, said, "sample.py", *sampled)
         assert "reference  " not in out
         says(0, "reference +.*\npolicy .* kl ", "sample.py", *sampled, "--ref=../moved")
@@ -2003,6 +2008,12 @@ def test_a_run_is_used_from_elsewhere_and_after_it_was_moved(runs, tmp_path):
         places = ["--init_from=../moved", "--ref_from=../moved", "--data=../moved.jsonl", "--eval_data=../moved.jsonl"]
         resumed("../run", "--max_steps=3", *places)
         # what lies there has to be the same
+        shutil.copytree("../moved", "other")
+        model, _ = sample.load_model("other")
+        model.transformer.ln_f.weight.data += 1
+        model.save_pretrained("other")
+        says(1, "the data or the model that the run in ../run began with has changed", "train.py",
+             *resuming("../run", "--max_steps=4", *places, "--ref_from=other"))
         write_lines("other.jsonl", lines_of("../moved.jsonl")[1:])
         says(1, "the data or the model that the run in ../run began with has changed", "train.py",
              *resuming("../run", "--max_steps=4", *places[:2], "--data=other.jsonl"))
@@ -2036,6 +2047,9 @@ def test_a_tilde_is_the_home_directory_in_every_path(runs, monkeypatch):
     shutil.copytree("sft", "home/sft")
     assert train.configure(["--data=pairs.jsonl", "--init_from=x"])["ref_from"] == home + "/sft"
     monkeypatch.setattr(train, "ref_from", "")
+    monkeypatch.setattr(train, "out_dir", "~/runs/a")
+    assert train.configure(["--data=pairs.jsonl", "--init_from=x"])["out_dir"] == home + "/runs/a"
+    monkeypatch.setattr(train, "out_dir", "")
     tasks = train.configure(["--data=imdb", "--texts=~/texts", "--reward=~/reward", "--init_from=x"])
     assert (tasks["texts"], tasks["reward"]) == (home + "/texts", home + "/reward")
     shutil.copy("tdpo2/prompts.jsonl", "home")
@@ -2111,7 +2125,7 @@ def contents(folder):
     return {str(path): path.read_bytes() for path in pathlib.Path(folder).rglob("*") if path.is_file()}
 
 
-OWN = ("notes.md", "samples.jsonl", "vocab.tsv", "evals/raters.csv", "tokenizer_notes/merges.md", "tokenizer.txt",
+OWN = ("notes.md", "results.json", "samples.jsonl", "vocab.tsv", "evals/raters.csv", "tokenizer_notes/merges.md", "tokenizer.txt",
        "additional/x.jinja", "log.jsonl.bak", "data/config.json")
 
 
@@ -2137,7 +2151,7 @@ def test_a_run_removes_what_a_run_wrote_and_nothing_else(runs):
     assert own.items() <= contents("study").items()
 
 
-BLOCKED = ("config.json", "emoji.json", "tdpo.py", "log.jsonl", "evals/0.jsonl", "state.pt", "chat_template.jinja")
+BLOCKED = ("config.json", "emoji.json", "vocab.json", "tdpo.py", "log.jsonl", "evals/0.jsonl", "state.pt", "chat_template.jinja")
 
 
 def test_a_folder_with_files_that_a_run_would_replace_is_refused(runs):
@@ -2147,18 +2161,18 @@ def test_a_folder_with_files_that_a_run_would_replace_is_refused(runs):
         write_lines(f"{folder}/{name}", ["mine"])
         for overwrite in ("False", "True"):
             said = option_error(train.configure, on_pairs(folder, f"--overwrite={overwrite}"))
-            assert f"has files that are in no run's record: {name}; move them" in said
+            assert f"has files that belong to no run in it: {name}; move them" in said
     # beside a run, too
     trained("guest", "--max_steps=1")
     write_lines("guest/adapter_config.json", ["mine"])
     before = contents("guest")
-    says(2, "in no run's record: adapter_config.json; move them", "train.py", *on_pairs("guest", "--overwrite=True"))
+    says(2, "belong to no run in it: adapter_config.json; move them", "train.py", *on_pairs("guest", "--overwrite=True"))
     assert contents("guest") == before
     # in a folder from which the run was removed, but not its hidden files
     for path in glob.glob("guest/*"):
         os.remove(path)
     write_lines("guest/config.json", ["mine"])
-    says(2, "in no run's record: config.json; move them", "train.py", *on_pairs("guest", "--overwrite=True"))
+    says(2, "belong to no run in it: config.json; move them", "train.py", *on_pairs("guest", "--overwrite=True"))
 
 
 def test_tokenizers_that_save_a_folder_are_saved(runs):
@@ -2515,6 +2529,8 @@ def test_option_errors(runs, options):
 
 def edited_programs(folder, *edits):
     """Copies of the programs in a folder, each edit (file, text, its replacement) made at exactly one place."""
+    (folder / "assets").mkdir(exist_ok=True)
+    shutil.copy(os.path.join(HERE, "assets", "grammar.json"), folder / "assets")
     for name in ("tdpo.py", "sample.py", "eval_imdb.py", "train.py"):
         text = text_of(name)
         for file, old, new in edits:
@@ -2730,6 +2746,9 @@ def test_a_reference_with_fewer_positions_is_not_overrun(runs):
     says(0, "over 1 prompts", "sample.py", "--model=sft", "--ref=short-ref", "--prompt=the plot was", "--num_samples=9",
          "--max_new_tokens=100", "--out=short.jsonl")
     assert max(row["tokens"] for row in lines_of("short.jsonl")) == 45
+    trained("short", *TASK[1:], "--data=reviews", "--ref_from=short-ref", "--max_length=40", "--max_prompt_length=8",
+            "--max_new_tokens=100", "--max_steps=1")
+    says(0, "sft .scored. ", "eval_imdb.py", "--runs=short", "--score=sft", "--out=short.png")
 
 
 def test_splits_of_a_data_set_are_trained_on_and_held_out(runs, sources):

@@ -312,7 +312,7 @@ def configure(argv):
         (c.resume and c.overwrite, "--resume=True and --overwrite=True contradict each other"),
         (holds and not (c.resume or c.overwrite or c.show_data), f"--out_dir={folder} holds another run: --resume=True "
          "continues it, --overwrite=True replaces it, a different --out_dir keeps it"),
-        (others and not (c.resume or c.show_data), f"--out_dir={folder} has files that are in no run's record: "
+        (others and not (c.resume or c.show_data), f"--out_dir={folder} has files that belong to no run in it: "
          f"{', '.join(others)}; move them, or choose a different --out_dir"),
     ):
         if fails:
@@ -349,6 +349,7 @@ def read_rows(source, split="", config="", default="train"):
             from datasets import load_dataset, load_from_disk
 
         # files, directories that datasets has saved, and everything else that it knows
+        tables = glob.glob(glob.escape(source) + "/**/*.csv*", recursive=True)
         table = []
         if kind == ".parquet":
             table = load_dataset("parquet", data_files=[glob.escape(file) for file in files], split="train")
@@ -358,12 +359,13 @@ def read_rows(source, split="", config="", default="train"):
         elif saved:
             table = load_from_disk(source)
         elif os.path.exists(os.path.join(source, "dataset_dict.json")):
-            tables = load_from_disk(source)
-            if (split or default) not in tables:
-                raise ValueError(f'Unknown split "{split or default}". Should be one of {list(tables)}.')
-            table = tables[split or default]
-        elif glob.glob(glob.escape(source) + "/**/*.[ct]sv*", recursive=True):
-            raise ValueError(f"it is a directory of .csv files: name the files, as in {source}/*.csv")
+            splits = load_from_disk(source)
+            if (split or default) not in splits:
+                raise ValueError(f'Unknown split "{split or default}". Should be one of {list(splits)}.')
+            table = splits[split or default]
+        elif tables and not glob.glob(glob.escape(source) + "/**/*.parquet", recursive=True):
+            folder = os.path.dirname(tables[0])
+            raise ValueError(f"it is a directory of .csv files: name the files, as in {folder}/*.csv")
         elif os.path.isdir(source) or re.fullmatch(r"[\w-]+/[\w.-]+", source):
             table = load_dataset(source, config or None, split=split or default)
         else:
@@ -568,7 +570,7 @@ def render(row, tokenizer):
 
     # refuse what would be lost, or is not meant
     check_columns(row, columns)
-    if method == "sft" and str(row.get("label")).lower() == "false":
+    if method == "sft" and str(row.get("label")).strip().lower() == "false":
         raise ValueError("has the label false: its answer is not to be learned")
     if "tools" in row:
         row["tools"] = read_tools(row)
@@ -1055,9 +1057,10 @@ def checkpoint_blocks(model):
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 FROM_RANK_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 # what a run writes in its directory, and what would change how its model is read there
-FILES = ("state.pt", "tdpo.py", "log.jsonl", "log.png", "prompts.jsonl", "evals/[0-9]*", "*.json", "*.safetensors",
-         "*.model", "*.spm", "vocab.txt", "dict.txt", "merges.txt", "bpe.codes", "chat_template.*",
-         "additional_chat_templates/*")
+FILES = ("state.pt", "options.json", "tdpo.py", "log.jsonl", "log.png", "prompts.jsonl", "evals/[0-9]*",
+         "config.json", "generation_config.json", "adapter_config.json", "model*.safetensors*", "tokenizer*.json",
+         "vocab*.json", "emoji.json", "*.model", "*.spm", "vocab.txt", "dict.txt", "merges.txt", "bpe.codes",
+         "special_tokens_map.json", "added_tokens.json", "chat_template.*", "additional_chat_templates/*")
 
 
 def join_processes():
@@ -1544,6 +1547,8 @@ if __name__ == "__main__":
 
     # -------------------------------------------------------------------------
     # resume and optimizer
+    # the reference reads the policy's samples, too
+    model.positions = min(positions_of(m) for m in models.values())
     # entries that only the policy or the reference has are padding
     common = min(len(m.get_output_embeddings().weight) for m in models.values())
     n_params = sum(p.numel() for p in model.parameters())
