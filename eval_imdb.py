@@ -22,8 +22,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast,
                           pipeline)
 
-from sample import (DEVICES, encode_prompt, generate, load_model, load_reference, measure, parse, positions_of, printable,
-                    ratio_mean, reason_of, reference_of, response_stats, response_text, writable, write_lines)
+from sample import (DEVICES, encode_prompt, generate, load_model, load_reference, measure, parse, positions_of,
+                    printable, ratio_mean, reason_of, reference_of, response_stats, response_text, writable,
+                    write_lines)
 
 TASKS = ("reviews", "imdb")
 

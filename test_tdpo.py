@@ -2125,8 +2125,8 @@ def contents(folder):
     return {str(path): path.read_bytes() for path in pathlib.Path(folder).rglob("*") if path.is_file()}
 
 
-OWN = ("notes.md", "results.json", "samples.jsonl", "vocab.tsv", "evals/raters.csv", "tokenizer_notes/merges.md", "tokenizer.txt",
-       "additional/x.jinja", "log.jsonl.bak", "data/config.json")
+OWN = ("notes.md", "results.json", "samples.jsonl", "vocab.tsv", "evals/raters.csv", "tokenizer_notes/merges.md",
+       "tokenizer.txt", "additional/x.jinja", "log.jsonl.bak", "data/config.json")
 
 
 def test_a_run_removes_what_a_run_wrote_and_nothing_else(runs):
@@ -2151,7 +2151,8 @@ def test_a_run_removes_what_a_run_wrote_and_nothing_else(runs):
     assert own.items() <= contents("study").items()
 
 
-BLOCKED = ("config.json", "emoji.json", "vocab.json", "tdpo.py", "log.jsonl", "evals/0.jsonl", "state.pt", "chat_template.jinja")
+BLOCKED = ("config.json", "emoji.json", "vocab.json", "tdpo.py", "log.jsonl", "evals/0.jsonl", "state.pt",
+           "chat_template.jinja")
 
 
 def test_a_folder_with_files_that_a_run_would_replace_is_refused(runs):
@@ -2166,13 +2167,14 @@ def test_a_folder_with_files_that_a_run_would_replace_is_refused(runs):
     trained("guest", "--max_steps=1")
     write_lines("guest/adapter_config.json", ["mine"])
     before = contents("guest")
-    says(2, "belong to no run in it: adapter_config.json; move them", "train.py", *on_pairs("guest", "--overwrite=True"))
+    replacing = on_pairs("guest", "--overwrite=True")
+    says(2, "belong to no run in it: adapter_config.json; move them", "train.py", *replacing)
     assert contents("guest") == before
     # in a folder from which the run was removed, but not its hidden files
     for path in glob.glob("guest/*"):
         os.remove(path)
     write_lines("guest/config.json", ["mine"])
-    says(2, "belong to no run in it: config.json; move them", "train.py", *on_pairs("guest", "--overwrite=True"))
+    says(2, "belong to no run in it: config.json; move them", "train.py", *replacing)
 
 
 def test_tokenizers_that_save_a_folder_are_saved(runs):
