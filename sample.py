@@ -399,8 +399,8 @@ def printable(text):
 
 
 def positions_of(model):
-    """The number of tokens that a text may have at most. A model has `positions` if something else reads its texts,
-    too, that has fewer."""
+    """The number of tokens that a text may have at most. The attribute `positions` is set where a second model, perhaps
+    with fewer of them, reads the same texts."""
     own = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     return getattr(model, "positions", own)
 

@@ -742,7 +742,7 @@ REFUSED = {
     "its sliding_window of": hf.MistralConfig(**SIZES, **GROUPS, sliding_window=LONGEST - 1),
     "recurrent or convolutional layers": hf.FalconH1Config(**GEMMA, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8,
                                                            mamba_d_state=8, mamba_n_groups=1),
-    "does not tell its body": hf.Llama4TextConfig(**SIZES, **GROUPS, head_dim=8, intermediate_size_mlp=48,
+    "does not separate its body": hf.Llama4TextConfig(**SIZES, **GROUPS, head_dim=8, intermediate_size_mlp=48,
                                                   num_local_experts=2),
     "Conv1d|recurrent|no attention function": hf.MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=1),
 }

@@ -936,7 +936,7 @@ def packing_error(model, examples, row_length=0, shortest=0):
                 f"the same row: use --max_length={border}, or leave out the shorter ones")
 
     if model.base_model is model:
-        return "transformers does not tell its body from its output layer"
+        return "transformers does not separate its body from its output layer"
 
     # one row, and every sequence by itself. Some models that declare no attention function take one all the same
     cause = ""
@@ -1102,8 +1102,8 @@ def share_examples(examples, folder):
     path = os.path.join(folder, ".tokens")
     tokens = [x for example in examples for x in example[2:5]]
     if dist.get_rank() == 0:
-        # `open` says it if the disk is full; other nodes read the file to the end, however the run ends
         with open(path, "wb") as f:
+            # other nodes read the file until the run ends, however it ends
             atexit.register(os.remove, path)
             f.write(np.concatenate(tokens))
     lengths = from_rank_0([len(x) for x in tokens])
@@ -1194,7 +1194,7 @@ def save(folder, model, tokenizer, opt, step, **origin):
 def written(folder):
     """The files that runs have written in a directory, by the record that they keep there."""
     record = os.path.join(folder, ".written")
-    # who removed all that a shell's * names has left the record behind
+    # the record is a hidden file, which stays when somebody removes everything in the directory with *
     if not (os.path.exists(record) and os.path.exists(os.path.join(folder, "options.json"))):
         return []
     # a record that came from elsewhere names no file outside the directory
@@ -1221,7 +1221,7 @@ def start_log(folder, step):
         for record in eval_imdb.read_log(folder, step):
             log += json.dumps(record) + "\n"
     else:
-        # options.json is the last to go and the first to come: without it the record does not count
+        # options.json is removed last and written first, because the record counts only beside it
         for name in sorted(written(folder), key=lambda name: name == "options.json"):
             path = os.path.join(folder, name)
             if os.path.isfile(path) or os.path.islink(path):
