@@ -20,7 +20,7 @@ from pytest import approx
 
 import eval_imdb
 from extras import bench, compare, judge, memory, show
-from test_tdpo import HERE, Run, bytes_tokenizer, lines_of, says, text_of, write_lines
+from test_tdpo import Run, bytes_tokenizer, lines_of, says, text_of, write_lines
 
 
 @pytest.mark.parametrize("name", ["bench", "compare", "judge", "memory", "show"])
