@@ -743,7 +743,7 @@ REFUSED = {
     "recurrent or convolutional layers": hf.FalconH1Config(**GEMMA, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8,
                                                            mamba_d_state=8, mamba_n_groups=1),
     "does not separate its body": hf.Llama4TextConfig(**SIZES, **GROUPS, head_dim=8, intermediate_size_mlp=48,
-                                                  num_local_experts=2),
+                                                      num_local_experts=2),
     "Conv1d|recurrent|no attention function": hf.MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=1),
 }
 SERVED = {
@@ -2518,7 +2518,7 @@ OPTIONS = {     # options: what the message says
     "--resume=True --out_dir=nowhere": "the run in nowhere cannot be continued: [Errno 2] No such file",
     "--resume=True --overwrite=True --out_dir=tdpo2": "contradict each other",
     "--resume=True --out_dir=tdpo2 --alpha=1": "--alpha would change the run in",
-    "--out_dir=tdpo2": "holds another run",
+    "--out_dir=tdpo2": "holds a run already",
     "--data=pairs.jsonl --init_from=scratch": "scratch is the untrained model that --data=reviews starts from",
     "--init_from=tdpo2 --out_dir=tdpo2 --overwrite=True": "is a model that the run starts from",
 }
@@ -2775,6 +2775,13 @@ def test_what_a_run_does_not_do_is_said(runs):
     assert "held-out prompts are also" not in out
     held = sum(place < 0.1 for place in places([row["prompt"] for row in lines_of("pairs.jsonl")]))
     assert f"data: 60 pairs read = {60 - held} to train on + {held} held out + 0 left out\n" in out
+
+
+def test_a_rank_without_other_processes_is_the_first(monkeypatch):
+    """Some schedulers set RANK for all that they start."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert train.join_processes() == (0, 1)
 
 
 def test_show_data_prints_what_the_model_sees(runs):

@@ -310,8 +310,8 @@ def configure(argv):
         (c.wandb_log and not importlib.util.find_spec("wandb"), "--wandb_log=True: pip install wandb, or leave it out"),
         (os.path.realpath(folder) in starts, f"--out_dir={folder} is a model that the run starts from: name a new one"),
         (c.resume and c.overwrite, "--resume=True and --overwrite=True contradict each other"),
-        (holds and not (c.resume or c.overwrite or c.show_data), f"--out_dir={folder} holds another run: --resume=True "
-         "continues it, --overwrite=True replaces it, a different --out_dir keeps it"),
+        (holds and not (c.resume or c.overwrite or c.show_data), f"--out_dir={folder} holds a run already: "
+         "--resume=True continues it, --overwrite=True replaces it, a different --out_dir keeps it"),
         (others and not (c.resume or c.show_data), f"--out_dir={folder} has files that belong to no run in it: "
          f"{', '.join(others)}; move them, or choose a different --out_dir"),
     ):
@@ -1340,6 +1340,7 @@ def embedded_sft():
     if done.returncode:
         sys.exit("error: the SFT run failed; if a second run is at work in its directory, wait for that one")
     os.rename(path + "-new", path)
+    print(f"renamed to {path}", flush=True)
     return path
 
 
@@ -1561,7 +1562,7 @@ if __name__ == "__main__":
         m.states = functools.partial(response_states, body, m)
         register_fsdp_forward_method(m, "states")
 
-    # another optimizer is one more branch here, and a name in CHOICES. To be resumed it needs a state, as SGD has with
+    # a new optimizer is one more branch here, and a name in CHOICES. To be resumed it needs a state, as SGD has with
     # momentum
     trained = [p for p in model.parameters() if p.requires_grad]
     if optimizer == "rmsprop":
